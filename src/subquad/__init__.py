@@ -1,0 +1,52 @@
+"""subquad: long-context attention for PyTorch.
+
+Published attention systems on a few shared, fast operations. Everything here is imported on first
+use, so ``import subquad`` costs next to nothing beyond torch.
+
+    import subquad
+    mixer = subquad.create_mixer("gated_deltanet", dim=256, heads=4)
+    y, state = mixer(x)                      # prefill
+    y1, state = mixer(x1, state=state)       # one more token
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# The public names and the modules they live in; the only place that lists them.
+_HOMES = {
+    "Mask": "subquad.mask",
+    "Mixer": "subquad.mixers.base",
+    "State": "subquad.state",
+    "System": "subquad.catalogue",
+    "backend": "subquad.ops.backend",
+    "create_mixer": "subquad.mixers.base",
+    "explain": "subquad.ops.backend",
+    "systems": "subquad.catalogue",
+}
+_MODULES = (
+    "bench",
+    "caches",
+    "catalogue",
+    "mask",
+    "mixers",
+    "models",
+    "ops",
+    "tasks",
+    "train",
+)
+
+__all__ = [*_HOMES, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"subquad.{name}")
+    raise AttributeError(f"module 'subquad' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,81 @@
+"""One frozen card per system: pure data. What exists, where it lives, what was shown of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """The card of one system.
+
+    Attributes:
+        key: the name it goes by in code and on the command line.
+        name: the name it goes by in print.
+        paper: title of the paper.
+        arxiv: identifier on arxiv.org; empty where there is none.
+        family: e.g. "linear recurrence", "sparse", "hybrid".
+        kind: the room, "mixer", "policy", "recipe", "parallel", "analysis", "task" or "op".
+        home: ``"module:Class"``, imported when asked for.
+        causal: whether it is a causal (left to right) system.
+        trains: whether it has parameters that train.
+        evidence: what was shown: "facts" (the sheet's checks), "golden" (the authors' vectors),
+            "claim" (the paper's main claim, in direction, in an experiment).
+    """
+
+    key: str
+    name: str
+    paper: str
+    arxiv: str
+    family: str
+    kind: str
+    home: str
+    causal: bool = True
+    trains: bool = True
+    evidence: tuple[str, ...] = ()
+
+    def load(self) -> Any:
+        """Import and return the system's home."""
+        module, _, attribute = self.home.partition(":")
+        return getattr(import_module(module), attribute)
+
+
+_CARDS = (
+    System(
+        key="gated_deltanet",
+        name="Gated DeltaNet",
+        paper="Gated Delta Networks: Improving Mamba2 with Delta Rule",
+        arxiv="2412.06464",
+        family="linear recurrence",
+        kind="mixer",
+        home="subquad.mixers.gated_deltanet:GatedDeltaNet",
+        evidence=("facts",),
+    ),
+)
+
+
+def systems(kind: str | None = None, family: str | None = None) -> tuple[System, ...]:
+    """The cards, of one kind or family where given, in the order of their keys."""
+    return tuple(
+        sorted(
+            (c for c in _CARDS if kind in (None, c.kind) and family in (None, c.family)),
+            key=lambda c: c.key,
+        )
+    )
+
+
+def system(key: str) -> System:
+    """The card of one system.
+
+    Raises:
+        ValueError: if there is none, naming the nearest keys.
+    """
+    for card in _CARDS:
+        if card.key == key:
+            return card
+    import difflib
+
+    near = difflib.get_close_matches(key, [c.key for c in _CARDS], n=3, cutoff=0.5)
+    raise ValueError(f"system must be a key of the catalogue, got {key!r}; nearest: {near}")

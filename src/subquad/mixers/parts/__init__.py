@@ -1,0 +1,1 @@
+"""Parts that mixers share, each once: short convolutions, norms, gates, feature maps, rotations."""

@@ -1,0 +1,132 @@
+"""Which implementation of an operation runs, and why the others do not.
+
+Every operation lists its implementations, fastest first, each with a verifier that looks at a
+:class:`Request` (device, dtype, sizes, traits; no tensors) and answers ``(ok, reason)``. The first
+that says yes runs. ``explain`` shows all the answers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+import torch
+
+_forced: ContextVar[str | None] = ContextVar("subquad_backend", default=None)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an operation is asked to do, without the tensors.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        dtype: of q, k and v.
+        sizes: the axes by their letters, e.g. ``{"B": 1, "T": 4096, "H": 8, "K": 64, "V": 64}``.
+        traits: what else matters, e.g. ``"grad"``, ``"packed"``, ``"state"``, ``"delta"``,
+            ``"decay:head"``, ``"decay:channel"``.
+    """
+
+    device: str
+    dtype: torch.dtype
+    sizes: Mapping[str, int]
+    traits: frozenset[str] = field(default_factory=frozenset)
+
+
+Verifier = Callable[[Request], tuple[bool, str]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation: its name, its verifier, and where it lives (``"module:function"``)."""
+
+    name: str
+    verify: Verifier
+    home: str
+
+    def load(self) -> Callable[..., Any]:
+        module, _, function = self.home.partition(":")
+        return getattr(import_module(module), function)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    backend: str
+    ok: bool
+    reason: str
+    chosen: bool
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter (so they run on the CPU)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Run every operation inside the block with the implementation ``name``, or raise.
+
+    ``None`` gives the choice back to the verifiers. ``SUBQUAD_BACKEND`` in the environment does
+    the same for a whole process.
+    """
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def verdicts(
+    backends: Sequence[Backend], request: Request, name: str | None = None
+) -> list[Verdict]:
+    """The answers of all implementations; ``chosen`` marks the one that runs."""
+    name = name or _forced.get() or os.environ.get("SUBQUAD_BACKEND")
+    out: list[Verdict] = []
+    for b in backends:
+        ok, reason = b.verify(request)
+        if name and b.name != name:
+            ok, reason = False, f"{name!r} was asked for"
+        out.append(Verdict(b.name, ok, reason, ok and not any(v.chosen for v in out)))
+    return out
+
+
+def choose(
+    op: str, backends: Sequence[Backend], request: Request, name: str | None = None
+) -> Backend:
+    """The implementation that runs.
+
+    Raises:
+        ValueError: if ``name`` is none of the op's implementations, or none takes the request.
+    """
+    name = name or _forced.get() or os.environ.get("SUBQUAD_BACKEND")
+    names = [b.name for b in backends]
+    if name and name not in names:
+        raise ValueError(f"backend of {op} must be one of {names}, got {name!r}")
+    for b in backends:
+        if (not name or b.name == name) and b.verify(request)[0]:
+            return b
+    why = "; ".join(f"{b.name}: {b.verify(request)[1]}" for b in backends)
+    raise ValueError(f"no implementation of {op} takes this request ({why})")
+
+
+# The operations that explain() knows: their packages export BACKENDS and request(**shape).
+OPS = ("attention", "recurrence")
+
+
+def explain(op: str, **shape: Any) -> list[Verdict]:
+    """Who would run ``op`` for this shape, and why the rest would not.
+
+    Args:
+        op: one of ``OPS``.
+        **shape: sizes by their letters (``T=4096, H=8, K=64``), ``device``, ``dtype``, and the
+            op's own switches; see each op's ``request``.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {list(OPS)}, got {op!r}")
+    module = import_module(f"subquad.ops.{op}")
+    return verdicts(module.BACKENDS, module.request(**shape))

@@ -1,0 +1,252 @@
+"""The equalities that every mixer must keep, written once. A system joins with one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import subquad
+from subquad import State
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mixer under test.
+
+    Attributes:
+        key: in the catalogue.
+        options: of the mixer, small (dim is C).
+        name: of the row, where a mixer has several.
+        causal: whether the future must not matter.
+        packs: whether it takes cu_seqlens.
+        golden: maps the golden file's ``w.*`` names to the mixer's parameter names (a value may be
+            a function of all golden tensors); None without golden vectors.
+    """
+
+    key: str
+    options: Mapping[str, Any]
+    name: str = ""
+    causal: bool = True
+    packs: bool = True
+    golden: Mapping[str, Any] | None = None
+    tags: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def id(self) -> str:
+        return f"{self.key}-{self.name}" if self.name else self.key
+
+    def build(self, dtype: torch.dtype = torch.float64):
+        torch.manual_seed(0)
+        mixer = subquad.create_mixer(self.key, **self.options).to(dtype)
+        # Zero and one are too kind an initialisation: a term multiplied by them hides.
+        with torch.no_grad():
+            for p in mixer.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        return mixer
+
+    def x(self, B: int = 2, T: int = 21, dtype: torch.dtype = torch.float64) -> Tensor:
+        torch.manual_seed(1)
+        return torch.randn(B, T, self.options["dim"], dtype=dtype)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def close_states(a: State, b: State, tolerance: float = 1e-9) -> None:
+    assert set(a.tensors) == set(b.tensors)
+    close(a.seen, b.seen)
+    for name in a.tensors:
+        close(a[name], b[name], tolerance)
+
+
+@contextmanager
+def poisoned():
+    """Fresh memory holds NaN inside the block, so a read of what nobody wrote shows."""
+
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            t = make(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        return made
+
+    with (
+        mock.patch.object(torch, "empty", poison(torch.empty)),
+        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
+        mock.patch.object(Tensor, "new_empty", poison(Tensor.new_empty)),
+    ):
+        yield
+
+
+def check_split(row: Row) -> None:
+    """Whole = split in parts with the state carried, one part a single token."""
+    mixer, x = row.build(), row.x()
+    whole, last = mixer(x)
+    parts, state = [], None
+    for part in x.split([13, 1, 7], 1):
+        y, state = mixer(part, state=state)
+        parts.append(y)
+    close(torch.cat(parts, 1), whole)
+    close_states(state, last)
+
+
+def check_decode(row: Row) -> None:
+    """Prefill then decode, token by token = the full forward."""
+    mixer, x = row.build(), row.x(T=12)
+    whole, _ = mixer(x)
+    y, state = mixer(x[:, :5])
+    for t in range(5, 12):
+        close(y[:, -1], whole[:, t - 1])
+        y, state = mixer(x[:, t : t + 1], state=state)
+    close(y[:, -1], whole[:, -1])
+
+
+def check_left_padding(row: Row) -> None:
+    """Left padding changes nothing, nor does what stands in it, also when decoding goes on."""
+    mixer, x = row.build(), row.x(B=1, T=11)
+    more = row.x(B=1, T=3)
+    alone, state = mixer(x)
+    alone_more, _ = mixer(more, state=state)
+    junk = torch.full((1, 6, x.shape[2]), 1e3, dtype=x.dtype)
+    batch = torch.cat([torch.cat([junk, x], 1), row.x(B=1, T=17)])
+    padding = torch.zeros(2, 17, dtype=torch.bool)
+    padding[0, :6] = True
+    y, state = mixer(batch, padding=padding)
+    close(y[:1, 6:], alone)
+    y, _ = mixer(more.expand(2, -1, -1), state=state)
+    close(y[:1], alone_more)
+    assert state.seen.tolist() == [11, 17]
+
+
+def check_packed(row: Row) -> None:
+    """Packed = looped, with an empty sequence and one of a single token, the state carried."""
+    mixer, x = row.build(), row.x(B=1, T=21)
+    cu = torch.tensor([0, 9, 9, 10, 21], dtype=torch.int32)
+    y, state = mixer(x, cu_seqlens=cu)
+    more = row.x(B=1, T=8)
+    y2, _ = mixer(more, state=state, cu_seqlens=torch.tensor([0, 2, 4, 6, 8], dtype=torch.int32))
+    bounds = cu.tolist()
+    for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        past = None
+        if b > a:
+            alone, past = mixer(x[:, a:b])
+            close(y[:, a:b], alone)
+        alone, _ = mixer(more[:, 2 * n : 2 * n + 2], state=past)
+        close(y2[:, 2 * n : 2 * n + 2], alone)
+
+
+def check_causal(row: Row) -> None:
+    """The future does not matter, and its gradient is exactly zero."""
+    mixer, x = row.build(), row.x(T=14).requires_grad_()
+    y, _ = mixer(x)
+    changed = x.detach().clone()
+    changed[:, 9:] += 1.0
+    close(mixer(changed)[0][:, :9], y[:, :9])
+    (gradient,) = torch.autograd.grad(y[:, 8].square().sum(), x)
+    assert gradient[:, 9:].abs().max() == 0
+    assert gradient[:, 8].abs().max() > 0
+
+
+def check_one_token(row: Row) -> None:
+    """T = 1, and a first token alone = the first token of many."""
+    mixer, x = row.build(), row.x(T=5)
+    y, state = mixer(x[:, :1])
+    assert y.shape == (2, 1, row.options["dim"])
+    assert state.seen.tolist() == [1, 1]
+    if row.causal:
+        close(y, mixer(x)[0][:, :1])
+
+
+def check_gradients(row: Row) -> None:
+    """Every parameter has a finite gradient, and the one of x is right to finite differences."""
+    mixer, x = row.build(), row.x(B=1, T=6).requires_grad_()
+    y, _ = mixer(x)
+    gradients = torch.autograd.grad(y.square().mean(), list(mixer.parameters()), allow_unused=True)
+    for (name, _), g in zip(mixer.named_parameters(), gradients, strict=True):
+        assert g is not None, f"{name} has no gradient"
+        assert g.isfinite().all(), f"{name} has a gradient that is not finite"
+    assert torch.autograd.gradcheck(
+        lambda x: mixer(x)[0].sum(-1), (x,), fast_mode=True, atol=1e-6, rtol=1e-4
+    )
+
+
+def check_non_contiguous(row: Row) -> None:
+    mixer, x = row.build(), row.x()
+    strided = torch.stack([x, -x], -1)[..., 0]
+    assert not strided.is_contiguous()
+    close(mixer(strided)[0], mixer(x)[0])
+
+
+def check_poisoned(row: Row) -> None:
+    """No output depends on memory that nobody wrote."""
+    mixer, x = row.build(), row.x()
+    clean, _ = mixer(x)
+    with poisoned():
+        y, state = mixer(x)
+        y1, _ = mixer(x[:, :1], state=state)
+    close(y, clean)
+    assert y1.isfinite().all()
+
+
+def check_state_bytes(row: Row) -> None:
+    """The formula counts the bytes that the state's tensors really take."""
+    for dtype in (torch.float32, torch.bfloat16):
+        mixer = row.build(dtype)
+        for T in (1, 9, 40):
+            _, state = mixer(row.x(B=1, T=T, dtype=dtype))
+            held = sum(t.numel() * t.element_size() for t in state.tensors.values())
+            assert mixer.state_bytes(T, dtype) == held, (T, dtype)
+
+
+def check_half_precision(row: Row) -> None:
+    """bfloat16 stays close to float32."""
+    mixer, x = row.build(torch.float32), row.x(dtype=torch.float32)
+    want = mixer(x)[0]
+    got = mixer.to(torch.bfloat16)(x.bfloat16())[0]
+    assert got.dtype == torch.bfloat16
+    assert (got.float() - want).norm() < 0.05 * want.norm()
+
+
+def check_select(row: Row) -> None:
+    """Beam search: rows of the state reordered = rows of the input reordered."""
+    mixer, x = row.build(), row.x(B=3, T=7)
+    _, state = mixer(x)
+    rows = torch.tensor([2, 0, 0])
+    y, _ = mixer(row.x(B=3, T=1), state=state.snapshot().select(rows))
+    _, swapped = mixer(x[rows])
+    close(y, mixer(row.x(B=3, T=1), state=swapped)[0])
+
+
+def check_golden(row: Row, shared: Path) -> None:
+    """The authors' own numbers, forward and the gradient of x."""
+    from safetensors.torch import load_file
+
+    path = shared / "golden" / f"{row.key}.safetensors"
+    if not path.is_file():
+        pytest.skip(f"no golden vectors for {row.key}")
+    golden = load_file(path)
+    mixer = subquad.create_mixer(row.key, **row.options)
+    weights = {k: golden[v] if isinstance(v, str) else v(golden) for k, v in row.golden.items()}
+    prefix = row.name + "." if f"{row.name}.x" in golden else ""
+    mixer.load_state_dict(weights)
+    x = golden[prefix + "x"].clone().requires_grad_()
+    y, _ = mixer(x)
+    close(y, golden[prefix + "out"], 2e-4)
+    y.square().mean().backward()
+    close(x.grad, golden[prefix + "g.x"], 2e-4)
+
+
+CHECKS = {
+    name.removeprefix("check_"): check
+    for name, check in list(globals().items())
+    if name.startswith("check_") and name != "check_golden"
+}

@@ -1,0 +1,22 @@
+"""Every mixer against the kit: the table in rows.py times the equalities in kit.py."""
+
+import kit
+import pytest
+from rows import ROWS
+
+
+@pytest.mark.parametrize("check", kit.CHECKS.values(), ids=kit.CHECKS)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+def test_mixer(row, check):
+    if check is kit.check_packed and not row.packs:
+        pytest.skip(f"{row.key} does not take packed sequences")
+    if check is kit.check_causal and not row.causal:
+        pytest.skip(f"{row.key} is not causal")
+    check(row)
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in ROWS if row.golden is not None], ids=lambda row: row.id
+)
+def test_golden(row, shared):
+    kit.check_golden(row, shared)
