@@ -17,8 +17,9 @@ from torch import Tensor
 
 from subquad.ops import checks
 from subquad.ops.backend import Backend, Request, choose
+from subquad.ops.recurrence.linear import linear_attention
 
-__all__ = ["BACKENDS", "recurrence", "request"]
+__all__ = ["BACKENDS", "linear_attention", "recurrence", "request"]
 
 Form = Literal["auto", "parallel", "chunk", "recurrent"]
 FORMS = ("auto", "parallel", "chunk", "recurrent")
