@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from rows import ROWS
 
+from rows import ROWS
 from subquad.catalogue import systems
 
 ROOT = Path(__file__).resolve().parents[1]
