@@ -1,0 +1,145 @@
+"""Who may see whom, as an algebra of small immutable masks.
+
+    from subquad import mask
+    m = mask.causal() & (mask.window(511) | mask.sinks(4))
+    m.dense(8, 8)            # bool [8,8], for the reference and for pictures
+    m.tiles(T, T, 128)       # empty, full and partial tiles, without a dense tensor
+    m.area(T, T)             # pairs kept: what attention costs
+
+Positions: query ``i`` of T queries over S keys stands at key position ``p = i + offset``, where
+``offset`` is S - T unless said otherwise. Every mask is a statement about ``p`` and the key ``j``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from subquad.mask.algebra import Band, First, Mask, Strided
+from subquad.mask.data import Blocks, Documents, Packed, PerHead
+from subquad.mask.table import Table, positive, readable
+
+__all__ = [
+    "Mask",
+    "blocks",
+    "causal",
+    "documents",
+    "full",
+    "packed",
+    "per_head",
+    "prefix",
+    "sinks",
+    "strided",
+    "window",
+]
+
+
+def full() -> Mask:
+    """Everything is visible."""
+    return Band(None, None)
+
+
+def causal() -> Mask:
+    """``j <= p``: nothing from the future."""
+    return Band(0, None)
+
+
+def window(left: int, right: int = 0) -> Mask:
+    """``p - left <= j <= p + right``: ``left + 1 + right`` keys, the query's own included.
+
+    Raises:
+        ValueError: if a side is negative.
+    """
+    positive("left", left, zero=True)
+    positive("right", right, zero=True)
+    return Band(-right, left)
+
+
+def sinks(n: int) -> Mask:
+    """``j < n``: the first n keys, for everyone (join with ``causal()``)."""
+    positive("n", n, zero=True)
+    return First(None, n)
+
+
+def prefix(n: int) -> Mask:
+    """``p < n`` and ``j < n``: the first n tokens see each other; a prefix LM is
+    ``causal() | prefix(n)``."""
+    positive("n", n, zero=True)
+    return First(n, n)
+
+
+def strided(stride: int, width: int = 1) -> Mask:
+    """``(p - j) mod stride < width``: every stride-th key back from the query (Child et al. 2019).
+
+    Raises:
+        ValueError: unless ``1 <= width <= stride``.
+    """
+    positive("stride", stride)
+    positive("width", width)
+    if width > stride:
+        raise ValueError(f"width must be at most stride={stride}, got {width}")
+    return Strided(stride, width)
+
+
+def documents(ids: Tensor | Sequence[int]) -> Mask:
+    """Tokens of one document see each other.
+
+    Args:
+        ids: int ``[S]`` or ``[B,S]``, the document of every key; -1 is padding, which sees nothing
+            and is seen by nobody.
+    """
+    ids = torch.as_tensor(ids)
+    if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"ids must be int [S] or [B,S], got {ids.dtype} of {list(ids.shape)}")
+    return Documents(Table(ids[0] if ids.dim() == 2 and len(ids) == 1 else ids))
+
+
+def packed(part: Mask | None, cu_seqlens: Tensor | Sequence[int]) -> Mask:
+    """``part`` inside each packed sequence, at positions counted from its start; nothing between.
+
+    Args:
+        part: None where a sequence's tokens all see each other.
+        cu_seqlens: int ``[N+1]``, from 0, never falling.
+    """
+    bounds = torch.as_tensor(cu_seqlens).tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or sorted(bounds) != bounds:
+        raise ValueError(f"cu_seqlens must rise from 0 without falling, got {bounds}")
+    return Packed(full() if part is None else part, tuple(bounds))
+
+
+def blocks(index: Tensor, size: int, rows: int | None = None) -> Mask:
+    """Chosen key blocks: query block ``r = p // rows`` sees the key blocks ``index[..., r, :]``.
+
+    Args:
+        index: int ``[R,n]``, ``[H,R,n]`` or ``[B,H,R,n]``, blocks of ``size`` keys; -1 keeps
+            nothing, an order is not needed, a block listed twice counts once. H may be the number
+            of query heads, of key heads (shared within a group), or 1.
+        size: keys in a block.
+        rows: queries in a block; ``size`` where None, 1 for a choice of each token's own.
+
+    Raises:
+        ValueError: for an index that is not int, or below -1.
+    """
+    positive("size", size)
+    rows = size if rows is None else rows
+    positive("rows", rows)
+    if index.dim() not in (2, 3, 4) or index.is_floating_point() or index.dtype == torch.bool:
+        raise ValueError(
+            f"index must be int [R,n], [H,R,n] or [B,H,R,n], got {index.dtype} of "
+            f"{list(index.shape)}"
+        )
+    if readable(index) and int(index.min()) < -1:
+        raise ValueError(f"index must be >= -1, got {int(index.min())}")
+    while index.dim() > 2 and index.shape[0] == 1:
+        index = index[0]
+    return Blocks(Table(index), size, rows)
+
+
+def per_head(masks: Sequence[Mask]) -> Mask:
+    """One mask for each head, in order (each may itself differ over the batch)."""
+    masks = tuple(masks)
+    if not masks or not all(isinstance(m, Mask) and m.planes[1] == 1 for m in masks):
+        raise ValueError(f"masks must be Masks without heads of their own, got {masks}")
+    return PerHead(masks)

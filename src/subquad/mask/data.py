@@ -1,0 +1,204 @@
+"""The masks that hold data: documents, packed sequences, chosen blocks, one mask a head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from subquad.mask.algebra import Mask, Rect, plane_of
+from subquad.mask.table import Table, readable
+
+
+@dataclass(frozen=True)
+class Documents(Mask):
+    """Equal ids, both >= 0."""
+
+    ids: Table
+
+    @property
+    def planes(self):
+        return (self.ids.shape[0] if len(self.ids.shape) == 2 else 1), 1
+
+    def plane(self, b, h):
+        return Documents(self.ids[b]) if len(self.ids.shape) == 2 else self
+
+    def _check(self, T, S, offset):
+        need = max(S, T + offset)
+        if self.ids.shape[-1] != need:
+            raise ValueError(f"ids of documents must have length {need}, got {self.ids.shape[-1]}")
+
+    def at(self, p, j):
+        ids = self.ids.on(p.device)
+        last = len(ids) - 1
+        a = ids[p.clamp(0, last)]
+        return (a == ids[j.clamp(0, last)]) & (a >= 0) & (p >= 0)
+
+    def _bounds(self, rect):
+        p0, p1, j0, j1 = rect
+        low_p, high_p = self._extremes(p0, p1)
+        low_j, high_j = self._extremes(j0, j1)
+        any_ = (low_p <= high_j) & (low_j <= high_p) & (high_p >= 0) & (high_j >= 0)
+        one = (low_p == high_p) & (low_j == high_j) & (low_p == low_j) & (low_p >= 0)
+        return any_, one & (p0 >= 0)
+
+    def _extremes(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest id in ``a..b``, from tables over powers of two."""
+        low, high = _range_tables(self.ids)
+        last = low.shape[1] - 1
+        a, b = a.clamp(0, last), b.clamp(0, last)
+        level = (b - a + 1).log2().long()
+        c = b - 2**level + 1
+        return (
+            torch.minimum(low[level, a], low[level, c]),
+            torch.maximum(high[level, a], high[level, c]),
+        )
+
+
+@dataclass(frozen=True)
+class Packed(Mask):
+    """``part`` inside each of the sequences that ``bounds`` delimits, nothing between them."""
+
+    part: Mask
+    bounds: tuple[int, ...]
+
+    @property
+    def planes(self):
+        return self.part.planes
+
+    def plane(self, b, h):
+        return Packed(self.part.plane(b, h), self.bounds)
+
+    def _check(self, T, S, offset):
+        if (T, S, offset) != (self.bounds[-1], self.bounds[-1], 0):
+            raise ValueError(
+                f"packed sequences end at {self.bounds[-1]}, got T={T}, S={S}, offset={offset}"
+            )
+        for a, b in zip(self.bounds[:-1], self.bounds[1:]):
+            self.part._check(b - a, b - a, 0)
+
+    def _place(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        bounds = torch.tensor(self.bounds, device=x.device)
+        which = torch.searchsorted(bounds[1:], x.contiguous(), right=True)
+        return which, bounds[which]
+
+    def at(self, p, j):
+        (p_seq, p_start), (j_seq, j_start) = self._place(p), self._place(j)
+        return (p_seq == j_seq) & self.part.at(p - p_start, j - j_start)
+
+    def _inside(self, rect: Rect) -> tuple[Tensor, Tensor, Rect]:
+        """Do the two sides meet, is all one sequence, and the rectangle counted from its start."""
+        (a, start), (b, _), (c, _), (d, _) = (self._place(x) for x in rect)
+        p0, p1, j0, j1 = rect
+        meet, one = (a <= d) & (c <= b), (a == b) & (c == d) & (a == c)
+        return meet, one, (p0 - start, p1 - start, j0 - start, j1 - start)
+
+    def _bounds(self, rect):
+        meet, one, inner = self._inside(rect)
+        any_, all_ = self.part._bounds(inner)
+        return meet & (any_ | ~one), one & all_
+
+    def _signature(self, rect):
+        _, one, inner = self._inside(rect)
+        columns = self.part._signature(inner)
+        where = [torch.where(one, -1, x) for x in (rect[0], rect[2])]
+        return where + [torch.where(one, c, 0) for c in columns]
+
+
+@dataclass(frozen=True)
+class Blocks(Mask):
+    """The query block ``p // rows`` keeps the key blocks ``index[..., p // rows, :]``."""
+
+    index: Table
+    size: int
+    rows: int
+
+    @property
+    def planes(self):
+        lead = (1, 1, *self.index.shape[:-2])
+        return lead[-2], lead[-1]
+
+    def plane(self, b, h):
+        lead = len(self.index.shape) - 2
+        return Blocks(self.index[(b, h)[2 - lead :]], self.size, self.rows) if lead else self
+
+    def _check(self, T, S, offset):
+        need = -(-(T + offset) // self.rows)
+        if self.index.shape[-2] < need:
+            raise ValueError(
+                f"index of blocks must have {need} rows of {self.rows} queries for the position "
+                f"{T + offset - 1}, got {self.index.shape[-2]}"
+            )
+        index = self.index.tensor
+        if readable(index) and int(index.max()) >= -(-S // self.size):
+            raise ValueError(
+                f"index of blocks must lie in -1..{-(-S // self.size) - 1} for S={S}, "
+                f"got {int(index.max())}"
+            )
+
+    def _kept(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """bool ``[queries, keys]`` over blocks, and its sums from the corner (for rectangles)."""
+        return _block_map(self.index, device)
+
+    def at(self, p, j):
+        kept, _ = self._kept(p.device)
+        r, c = p // self.rows, j // self.size
+        inside = (r >= 0) & (r < kept.shape[0]) & (c < kept.shape[1])
+        return inside & kept[r.clamp(0, kept.shape[0] - 1), c.clamp(0, kept.shape[1] - 1)]
+
+    def _bounds(self, rect):
+        _, sums = self._kept(rect[0].device)
+        R, C = sums.shape
+        p0, p1, j0, j1 = rect
+        r0, r1 = p0.clamp_min(0) // self.rows, p1.clamp_min(-1) // self.rows + 1
+        c0, c1 = j0 // self.size, j1 // self.size + 1
+        cells = (r1 - r0) * (c1 - c0)
+        r0, r1, c0, c1 = (x.clamp(0, n - 1) for x, n in ((r0, R), (r1, R), (c0, C), (c1, C)))
+        found = sums[r1, c1] - sums[r0, c1] - sums[r1, c0] + sums[r0, c0]
+        return found > 0, (found == cells) & (p0 >= 0)
+
+
+@dataclass(frozen=True)
+class PerHead(Mask):
+    """One mask for each query head."""
+
+    parts: tuple[Mask, ...]
+
+    @property
+    def planes(self):
+        return max(part.planes[0] for part in self.parts), len(self.parts)
+
+    def plane(self, b, h):
+        return plane_of(self.parts[h], self.planes, b, 0)
+
+    def _check(self, T, S, offset):
+        for part in set(self.parts):
+            part._check(T, S, offset)
+
+
+@lru_cache(maxsize=16)
+def _range_tables(ids: Table) -> tuple[Tensor, Tensor]:
+    """Least and largest id of every run of ``2**level`` ids from each start: ``[levels, N]``."""
+    low = high = ids.tensor.cpu()
+    lows, highs, step = [low], [high], 1
+    while 2 * step <= len(low):
+        later = torch.arange(len(low)).add_(step).clamp_(max=len(low) - 1)
+        low, high = torch.minimum(low, low[later]), torch.maximum(high, high[later])
+        lows.append(low)
+        highs.append(high)
+        step *= 2
+    return torch.stack(lows), torch.stack(highs)
+
+
+@lru_cache(maxsize=16)
+def _block_map(index: Table, device: torch.device) -> tuple[Tensor, Tensor]:
+    blocks = index.on(device).long()
+    columns = int(blocks.max()) + 1 if blocks.numel() else 0
+    kept = torch.zeros(blocks.shape[0], columns + 1, dtype=torch.bool, device=device)
+    kept.scatter_(1, torch.where(blocks < 0, columns, blocks), True)
+    kept = kept[:, :columns]
+    sums = torch.zeros(kept.shape[0] + 1, columns + 1, dtype=torch.int32, device=device)
+    sums[1:, 1:] = kept.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
+    return kept, sums

@@ -1,0 +1,155 @@
+"""Softmax attention over a mask: (o, lse), and the merge of parts.
+
+    o_i = sum_j P_ij v_j,   P_ij = exp(scale q_i . k_j - lse_i) over the keys j that i sees
+    lse_i = log sum_j exp(scale q_i . k_j)
+
+Legend: B batch, T queries, S keys, H query heads, G key/value heads, K key dim, V value dim,
+N packed sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from subquad import mask as masks
+from subquad.mask import Mask
+from subquad.ops import checks
+from subquad.ops.backend import Backend, Request, choose
+
+__all__ = ["BACKENDS", "attention", "merge", "request"]
+
+
+def _always(request: Request) -> tuple[bool, str]:
+    return True, "takes everything"
+
+
+BACKENDS = (Backend("reference", _always, "subquad.ops.attention.reference:attention"),)
+
+
+def request(
+    *,
+    T: int,
+    H: int,
+    K: int,
+    S: int | None = None,
+    G: int | None = None,
+    V: int | None = None,
+    B: int = 1,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    mask: Mask | None = None,
+    offset: int | None = None,
+    grad: bool = False,
+    lse: bool = False,
+) -> Request:
+    """Attention's :class:`~subquad.ops.backend.Request` for a shape and a mask."""
+    S = T if S is None else S
+    traits = {name for name, on in {"grad": grad, "lse": lse}.items() if on}
+    dense = mask is None or (mask == masks.causal() and offset in (None, S - T) and T == 1)
+    if dense:
+        traits.add("mask:none")
+    elif mask == masks.causal():
+        traits.add("mask:causal" if T == S and offset in (None, 0) else "mask:causal+offset")
+    else:
+        traits.add("mask:sparse")
+    sizes = {"B": B, "T": T, "S": S, "H": H, "G": G or H, "K": K, "V": V or K}
+    return Request(device, dtype, sizes, frozenset(traits))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    *,
+    scale: float | None = None,
+    offset: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the pairs that ``mask`` keeps; time and memory follow its area.
+
+    Args:
+        q: ``[B,T,H,K]``; k: ``[B,S,G,K]``; v: ``[B,S,G,V]``, float, one dtype; G divides H and
+            query head h reads key head ``h // (H // G)``.
+        mask: a :class:`~subquad.mask.Mask`; None keeps everything.
+        scale: multiplies the scores; K**-0.5 where None.
+        offset: the key position of query 0; S - T where None (the queries are the last tokens).
+        cu_seqlens: int32 ``[N+1]``, the boundaries of packed sequences (B = 1, T = S): the mask
+            holds inside each, at positions counted from its start.
+        return_lse: return ``lse`` too, so that parts can be merged.
+        backend: run this implementation; None lets the verifiers choose.
+
+    Returns:
+        ``o [B,T,H,V]`` in the dtype of v; with ``return_lse`` also ``lse [B,T,H]``, natural log,
+        float32 (float64 for float64 inputs). A row that sees no key has o = 0 and lse = -inf.
+        Differentiable in q, k and v, through both.
+
+    Raises:
+        ValueError: for shapes, head counts, dtypes or boundaries that do not fit, and for a mask
+            made for other lengths.
+    """
+    checks.shapes({"q": (q, "B T H K"), "k": (k, "B S G K"), "v": (v, "B S G V")})
+    checks.same_dtype({"q": q, "k": k, "v": v})
+    (B, T, H, K), S, G = q.shape, k.shape[1], k.shape[2]
+    checks.divides("heads of k", G, "heads of q", H)
+    checks.cu_seqlens(cu_seqlens, B=B, T=T)
+    if cu_seqlens is not None:
+        if S != T or offset not in (None, 0):
+            raise ValueError(f"cu_seqlens needs S=T={T} and no offset, got S={S}, offset={offset}")
+        mask = masks.packed(mask, cu_seqlens)
+    if mask is not None:
+        if not isinstance(mask, Mask):
+            raise ValueError(f"mask must be a Mask or None, got {type(mask).__name__}")
+        batch, heads = mask.planes
+        if batch not in (1, B) or H % heads:
+            raise ValueError(f"mask is for {batch} rows and {heads} heads, q has B={B}, H={H}")
+        mask.check(T, S, offset)
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    asked = request(
+        B=B, T=T, S=S, H=H, G=G, K=K, V=v.shape[3], device=q.device.type, dtype=q.dtype,
+        mask=mask, offset=offset, grad=grad, lse=return_lse,
+    )  # fmt: skip
+    run = choose("attention", BACKENDS, asked, backend).load()
+    o, lse = run(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=K**-0.5 if scale is None else scale,
+        offset=S - T if offset is None else offset,
+    )
+    return (o, lse) if return_lse else o
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One softmax over the union of disjoint key sets, from each set's ``(o, lse)``.
+
+    Args:
+        parts: pairs ``o [B,T,H,V]``, ``lse [B,T,H]``; a row without keys (lse = -inf) adds nothing.
+
+    Returns:
+        ``o`` in the dtype of the first part's, ``lse`` in float32 (float64 for float64).
+        Differentiable.
+    """
+    if not parts:
+        raise ValueError("merge needs at least one part, got none")
+    for o, lse in parts:
+        if o.shape[:-1] != lse.shape or o.shape != parts[0][0].shape:
+            raise ValueError(
+                f"parts must be o [B,T,H,V] and lse [B,T,H] of one shape, "
+                f"got {[(list(o.shape), list(lse.shape)) for o, lse in parts]}"
+            )
+    lses = torch.stack([lse for _, lse in parts])
+    top = lses.detach().amax(0).nan_to_num(neginf=0.0)
+    weights = (lses - top).exp()
+    total = weights.sum(0)
+    seen = total > 0
+    share = weights / torch.where(seen, total, 1.0)
+    o = sum(w[..., None] * o.to(w.dtype) for w, (o, _) in zip(share, parts, strict=True))
+    lse = torch.where(seen, top + torch.where(seen, total, 1.0).log(), -torch.inf)
+    return o.to(parts[0][0].dtype), lse
