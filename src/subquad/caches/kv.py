@@ -1,0 +1,154 @@
+"""Keys and values of one layer of a pretrained model, as transformers caches them.
+
+Legend: B batch, T new tokens, S cached entries, G key/value heads, K head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class Rows:
+    """A tensor ``[B,S,...]`` that grows along axis 1 in place; its capacity doubles when full."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+        self.length = 0
+
+    @property
+    def data(self) -> Tensor:
+        """``[B,S,...]``, a view of what is filled."""
+        assert self._memory is not None, "nothing appended yet"
+        return self._memory[:, : self.length]
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._memory is None else self._memory.untyped_storage().nbytes()
+
+    def append(self, x: Tensor) -> None:
+        """Add ``x [B,T,...]``."""
+        end = self.length + x.shape[1]
+        if self._memory is None or end > self._memory.shape[1]:
+            # A first (prompt-sized) allocation is exact; later ones leave room for an eighth more.
+            room = end if self._memory is None else end + max(64, end // 8)
+            grown = x.new_empty(x.shape[0], room, *x.shape[2:])
+            if self._memory is not None:
+                grown[:, : self.length] = self.data
+            self._memory = grown
+        self._memory[:, self.length : end] = x
+        self.length = end
+
+    def replace(self, x: Tensor) -> None:
+        """Hold ``x [B,S,...]`` and nothing else; what was held is freed."""
+        self._memory, self.length = x.contiguous(), x.shape[1]
+
+    def crop(self, length: int) -> None:
+        self.length = length
+
+
+class KVLayer(CacheLayerMixin):
+    """Every key and value, in memory that grows by an eighth; the base of the other layers.
+
+    ``update`` returns the *new* keys and values only; a policy reads the past from the layer.
+
+    Attributes:
+        seen: tokens fed, whatever is still held; the positions of new tokens follow from it.
+        keys, values: ``[B,S,G,K]``.
+    """
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self._keys, self._values = Rows(), Rows()
+
+    # transformers reads `keys` and `values` as attributes; here they are views.
+    @property
+    def keys(self) -> Tensor:  # type: ignore[override]
+        return self._keys.data
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        if value is not None:
+            self._keys.replace(value)
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        return self._values.data
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        if value is not None:
+            self._values.replace(value)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for this layer."""
+        return self._keys.nbytes + self._values.nbytes
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Take ``[B,G,T,K]``, the layout of transformers."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.store(key_states.transpose(1, 2), value_states.transpose(1, 2))
+        self.seen += key_states.shape[2]
+        return key_states, value_states
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        """Keep the new ``k [B,T,G,K]`` and ``v [B,T,G,V]``."""
+        self._keys.append(k)
+        self._values.append(v)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows ``rows``, in that order."""
+        for held in (self._keys, self._values):
+            held.replace(held.data.index_select(0, rows.to(held.data.device)))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.seen:
+            self.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.seen:
+            rows = torch.arange(self.keys.shape[0], device=indices.device)[indices]
+            self.select(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.seen:
+            self.select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+
+
+class PolicyCache(Cache):
+    """The layers that a policy chose, one per layer of the model."""
+
+    def __init__(self, layers: list[KVLayer]) -> None:
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for all layers."""
+        return sum(layer.nbytes for layer in self.layers)
