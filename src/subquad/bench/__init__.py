@@ -1,0 +1,1 @@
+"""Speed, quality, the comparison of mixers and its report."""

@@ -1,0 +1,109 @@
+"""What a comparison measured, on disk: results.json, always whole, one cell at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+
+
+@dataclass
+class Results:
+    """The cells of a comparison and where they are kept.
+
+    Attributes:
+        path: results.json.
+        cells: ``"train/<entry>/<task>"`` and ``"speed/<entry>"`` to what was measured. Every cell
+            has ``kind``, ``entry``, ``spec`` (all that it depends on) and its measurements.
+        order: the entries in the order asked for.
+        made: versions and machine.
+    """
+
+    path: Path
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read results.json; empty results where there is none yet.
+
+        Raises:
+            ValueError: for a file that is not a comparison's.
+        """
+        if not path.exists():
+            return cls(path)
+        try:
+            data = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not JSON ({error}); remove it to start anew") from None
+        if not isinstance(data, dict) or data.get("version") != VERSION:
+            raise ValueError(
+                f"{path} must be results of version {VERSION}; remove it to start anew"
+            )
+        return cls(path, data["cells"], data["order"], data["made"])
+
+    def save(self) -> None:
+        data = {"version": VERSION, "made": self.made, "order": self.order, "cells": self.cells}
+        write_json(self.path, data)
+
+    def done(self, name: str, spec: Any) -> bool:
+        """Whether the cell is there and was measured for just this ``spec``."""
+        return name in self.cells and self.cells[name]["spec"] == json.loads(json.dumps(spec))
+
+    def trained(self, task: str | None = None) -> Iterator[dict[str, Any]]:
+        """The training cells, of one task where given, in the order of the entries."""
+        for entry in self.order:
+            for cell in self.cells.values():
+                wanted = (cell["kind"], cell["entry"]) == ("train", entry)
+                if wanted and task in (None, cell["task"]):
+                    yield cell
+
+    def timed(self) -> Iterator[dict[str, Any]]:
+        """The speed cells, in the order of the entries."""
+        return (c for e in self.order if (c := self.cells.get(f"speed/{e}")) is not None)
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(cell["task"] for cell in self.trained()))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write aside, then rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    try:
+        aside.write_text(json.dumps(data, indent=1) + "\n")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    import torch
+
+    import subquad
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "subquad": subquad.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": gpu or f"{_cpu()}, {torch.get_num_threads()} threads",
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

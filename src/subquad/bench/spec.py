@@ -1,0 +1,114 @@
+"""The small language in which the command line names mixers, models and tasks.
+
+    gla                             a mixer, in every layer
+    gla[heads=2]                    with options
+    gated_deltanet*3 softmax        a layer pattern, repeated to the depth
+    hybrid:6, hybrid:gla:3          a preset: linear layers to one of full attention
+    based, kimi_linear              a preset
+    mqar[pairs=16], text            tasks
+
+Lists are joined by commas; a comma inside brackets does not split.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from subquad import catalogue
+from subquad.ops import checks
+
+if TYPE_CHECKING:
+    from subquad.models.causal_lm import CausalLMConfig
+
+_NAMED = re.compile(r"(?P<name>\w+)(?:\[(?P<options>[^\[\]]*)\])?")
+_PRESET = re.compile(
+    r"(?P<name>hybrid|based|kimi_linear)(?P<args>(?::\w+)*)(?:\[(?P<options>.*)\])?"
+)
+_CONSTANTS = {"true": True, "false": False, "none": None}
+
+
+def value(text: str) -> Any:
+    """``"8"`` as int, ``"0.5"`` as float, ``"true"``, ``"none"``, else the text itself."""
+    if text.lower() in _CONSTANTS:
+        return _CONSTANTS[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def options(text: str | None) -> dict[str, Any]:
+    """``"heads=2,window=64"`` as a dict.
+
+    Raises:
+        ValueError: for a part that is not ``name=value``.
+    """
+    out = {}
+    for part in filter(None, (text or "").split(",")):
+        name, equals, given = part.partition("=")
+        if not equals or not name.strip().isidentifier():
+            raise ValueError(
+                f"options must be name=value joined by commas, got {part!r} in {text!r}"
+            )
+        out[name.strip()] = value(given.strip())
+    return out
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a list, split at the commas outside brackets."""
+    parts = [part.strip() for part in re.split(r",(?![^\[]*\])", text)]
+    if not all(parts):
+        raise ValueError(f"a list must have a name between its commas, got {text!r}")
+    return parts
+
+
+def named(text: str) -> tuple[str, dict[str, Any]]:
+    """``"mqar[pairs=16]"`` as ``("mqar", {"pairs": 16})``."""
+    match = _NAMED.fullmatch(text)
+    if match is None:
+        raise ValueError(f"expected name or name[option=value,...], got {text!r}")
+    return match["name"], options(match["options"])
+
+
+def model(text: str, **config: Any) -> CausalLMConfig:
+    """The configuration of the language model that ``text`` names, for the sizes in ``config``.
+
+    Raises:
+        ValueError: for a name that is neither a preset nor a mixer (with the nearest names), and
+            for a pattern that cannot be read.
+    """
+    from subquad.models import presets
+    from subquad.models.causal_lm import CausalLMConfig
+
+    preset = _PRESET.fullmatch(text)
+    if preset is not None:
+        extra = options(preset["options"])
+        args = preset["args"].split(":")[1:]
+        if args and preset["name"] != "hybrid":
+            raise ValueError(f"only hybrid takes arguments after a colon, got {text!r}")
+        for arg in map(value, args):
+            extra["ratio" if isinstance(arg, int) else "linear"] = arg
+        return getattr(presets, preset["name"])(**{**config, **extra})
+    layers, mixers = _pattern(text)
+    return CausalLMConfig(layers=layers, mixers=mixers, **config)
+
+
+def _pattern(text: str) -> tuple[str, dict[str, dict[str, Any]]]:
+    """A layer pattern with options in brackets, as the plain pattern and the aliases it needs."""
+    known = [card.key for card in catalogue.systems(kind="mixer")]
+    tokens, mixers = [], {}
+    for token in text.split():
+        entry, star, times = token.partition("*")
+        if star and not times.isdecimal():
+            raise ValueError(f"a repetition must be name*number, got {token!r}")
+        name, extra = named(entry)
+        checks.one_of("mixer", name, known)
+        alias = name
+        if extra:
+            alias = re.sub(r"\W", "_", name + "".join(f"_{k}{v}" for k, v in extra.items()))
+            mixers[alias] = {"mixer": name, **extra}
+        tokens.append(alias + star + times)
+    return " ".join(tokens), mixers

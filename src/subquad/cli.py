@@ -1,0 +1,180 @@
+"""The command line. One function a command; whatever is heavy is imported by the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+try:
+    import typer
+except ImportError:
+    sys.exit("the command line needs its extra: pip install 'subquad[cli]'")
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from subquad.catalogue import System
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Long-context attention systems: what there is, what it costs, what it recalls.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+LENGTHS = (1024, 4096, 16384, 65536, 262144)
+
+
+def main() -> None:
+    """The entry point: what a user did wrong is one red line and exit code 2, no traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        _console(stderr=True).print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True)
+        raise SystemExit(2) from None
+
+
+def _console(**options: Any) -> Console:
+    from rich.console import Console
+
+    return Console(**options)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Option(help="Only this kind, e.g. mixer.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the cards as JSON.")] = False,
+) -> None:
+    """The systems of the catalogue."""
+    from subquad import catalogue
+    from subquad.ops import checks
+
+    for name, asked in (("kind", kind), ("family", family)):
+        if asked is not None:
+            checks.one_of(name, asked, sorted({getattr(c, name) for c in catalogue.systems()}))
+    cards = catalogue.systems(kind=kind, family=family)
+    if as_json:
+        print(json.dumps([asdict(card) for card in cards], indent=2))
+        return
+    from rich.table import Table
+
+    table = Table("key", "name", "family", "kind", "arXiv", "shown", box=None, pad_edge=False)
+    for card in cards:
+        shown = " ".join(card.evidence)
+        table.add_row(
+            f"[bold]{card.key}[/bold]", card.name, card.family, card.kind, card.arxiv, shown
+        )
+    _console().print(table)
+
+
+@app.command()
+def show(
+    key: Annotated[str, typer.Argument(help="A key of the catalogue.")],
+    option: Annotated[str, typer.Option(help="Options of the mixer, name=value,...")] = "",
+    dim: Annotated[int, typer.Option(help="The model width that the costs are for.")] = 1024,
+) -> None:
+    """The card of a system, what it costs, and its page."""
+    from rich.markdown import Markdown
+    from rich.table import Table
+
+    from subquad import catalogue
+
+    card = catalogue.system(key)
+    console = _console()
+    facts = Table(show_header=False, box=None, pad_edge=False)
+    facts.add_row("paper", card.paper)
+    if card.arxiv:
+        facts.add_row("arXiv", f"https://arxiv.org/abs/{card.arxiv}")
+    facts.add_row("family", card.family)
+    facts.add_row("kind", card.kind + (", causal" if card.causal else ", not causal"))
+    facts.add_row("home", card.home)
+    facts.add_row("shown", ", ".join(card.evidence))
+    console.print(f"[bold]{card.name}[/bold] ({card.key})")
+    console.print(facts)
+    if card.kind == "mixer":
+        console.print(_costs(card, option, dim))
+    page = _page(key)
+    if page is not None:
+        console.print()
+        console.print(Markdown(page.read_text()))
+
+
+def _costs(card: System, option: str, dim: int) -> Any:
+    """What one layer costs over the length, by the mixer's own formulas."""
+    import torch
+    from rich.table import Table
+
+    import subquad
+    from subquad.bench import spec, units
+
+    with torch.device("meta"):
+        mixer = subquad.create_mixer(card.key, dim=dim, **spec.options(option))
+    title = f"one layer of width {dim}, bfloat16, one sequence"
+    table = Table("tokens", "state", "forward", title=title, title_justify="left", box=None)
+    for T in LENGTHS:
+        held = units.bytes_(mixer.state_bytes(T, torch.bfloat16))
+        table.add_row(f"{T:,}", held, units.flops(mixer.flops(T)))
+    table.columns[0].justify = table.columns[1].justify = table.columns[2].justify = "right"
+    return table
+
+
+def _page(key: str) -> Path | None:
+    """The page of a system: in the installed package, or in the checkout."""
+    here = Path(__file__).resolve()
+    pages = (here.parent / "pages", here.parents[2] / "docs" / "systems")
+    return next((p for folder in pages if (p := folder / f"{key}.md").is_file()), None)
+
+
+@app.command()
+def explain(
+    op: Annotated[str, typer.Argument(help="attention or recurrence.")],
+    shape: Annotated[
+        str, typer.Option(help="Sizes and switches, e.g. T=4096,H=8,K=64,decay=head,delta=true.")
+    ],
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; what there is if left out.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+) -> None:
+    """Which implementation of an operation runs for a shape, and why the others do not."""
+    import torch
+    from rich.table import Table
+
+    from subquad.bench import spec
+    from subquad.ops import backend
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    asked = {**spec.options(shape), "device": device, "dtype": _dtype(dtype)}
+    try:
+        answers = backend.explain(op, **asked)
+    except TypeError as error:
+        raise ValueError(f"shape {shape!r} does not fit {op}: {error}") from None
+    table = Table("", "implementation", "because", box=None, pad_edge=False)
+    for answer in answers:
+        mark = "[green]runs[/green]" if answer.chosen else "could" if answer.ok else "[dim]no[/dim]"
+        table.add_row(mark, answer.backend, _escape(answer.reason))
+    _console().print(table)
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    from subquad.ops import checks
+
+    checks.one_of("dtype", name, ("float32", "bfloat16", "float16", "float64"))
+    return getattr(torch, name)
+
+
+if __name__ == "__main__":
+    main()
