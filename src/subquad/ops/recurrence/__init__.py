@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+# By name: the package's own ``torch`` module takes the name ``torch`` here once it is imported.
+from torch import Tensor, float32, is_grad_enabled
+from torch import dtype as Dtype
 
 from subquad.ops import checks
 from subquad.ops.backend import Backend, Request, choose
@@ -29,7 +30,10 @@ def _always(request: Request) -> tuple[bool, str]:
     return True, "takes everything"
 
 
-BACKENDS = (Backend("reference", _always, "subquad.ops.recurrence.reference:recurrence"),)
+BACKENDS = (
+    Backend("torch", _always, "subquad.ops.recurrence.torch:recurrence"),
+    Backend("reference", _always, "subquad.ops.recurrence.reference:recurrence"),
+)
 
 
 def request(
@@ -40,7 +44,7 @@ def request(
     V: int | None = None,
     B: int = 1,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtype = float32,
     decay: Literal["none", "head", "channel"] = "none",
     delta: bool = False,
     grad: bool = False,
@@ -114,7 +118,7 @@ def recurrence(
     traits: dict[str, Any] = {
         "decay": "none" if decay is None else "channel" if decay.dim() == 4 else "head",
         "delta": beta is not None,
-        "grad": torch.is_grad_enabled()
+        "grad": is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (q, k, v, decay, beta, state)),
         "packed": cu_seqlens is not None,
         "state": state is not None,

@@ -87,7 +87,7 @@ def linear_attention(
         )
     else:
         both, last = _bidirectional(q, k, one, scale, joined, cu_seqlens)
-    o = both[..., :V] / (both[..., V:] + eps)
+    o = (both[..., :V] / (both[..., V:] + eps)).to(v.dtype)
     return o, (last[..., :V], last[..., V])
 
 
