@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import pytest
@@ -27,8 +27,9 @@ class Row:
         name: of the row, where a mixer has several.
         causal: whether the future must not matter.
         packs: whether it takes cu_seqlens.
-        golden: maps the golden file's ``w.*`` names to the mixer's parameter names (a value may be
-            a function of all golden tensors); None without golden vectors.
+        golden: the mixer's parameter names to the golden file's (a value may be a function of all
+            golden tensors); "foreign" for its ``w.*`` through the mixer's ``translate``; None
+            without golden vectors.
     """
 
     key: str
@@ -36,7 +37,7 @@ class Row:
     name: str = ""
     causal: bool = True
     packs: bool = True
-    golden: Mapping[str, Any] | None = None
+    golden: Mapping[str, Any] | Literal["foreign"] | None = None
     tags: frozenset[str] = field(default_factory=frozenset)
 
     @property
@@ -235,8 +236,12 @@ def check_golden(row: Row, shared: Path) -> None:
         pytest.skip(f"no golden vectors for {row.key}")
     golden = load_file(path)
     mixer = subquad.create_mixer(row.key, **row.options)
-    weights = {k: golden[v] if isinstance(v, str) else v(golden) for k, v in row.golden.items()}
     prefix = row.name + "." if f"{row.name}.x" in golden else ""
+    if row.golden == "foreign":
+        w = prefix + "w."
+        weights = mixer.translate({k[len(w) :]: t for k, t in golden.items() if k.startswith(w)})
+    else:
+        weights = {k: golden[v] if isinstance(v, str) else v(golden) for k, v in row.golden.items()}
     mixer.load_state_dict(weights)
     x = golden[prefix + "x"].clone().requires_grad_()
     y, _ = mixer(x)

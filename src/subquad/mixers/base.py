@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -77,10 +77,12 @@ class Mixer(nn.Module):
     Class attributes:
         causal: whether y at t depends on x up to t only.
         past: names of the state's tensors that hold one entry per token (see ``State.past``).
+        FOREIGN: other libraries' parameter names, where they differ, to ours (see ``translate``).
     """
 
     causal: bool = True
     past: tuple[str, ...] = ()
+    FOREIGN: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, *, dim: int) -> None:
         super().__init__()
@@ -115,7 +117,13 @@ class Mixer(nn.Module):
         """
         context = self._context(x, state, padding, cu_seqlens, positions, grid)
         y, tensors = self.mix(x, context)
-        return y, State(tensors, context.seen_after, self.past)
+        past = tuple(name for name in self.past if name in tensors)
+        return y, State(tensors, context.seen_after, past)
+
+    @classmethod
+    def translate(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Another library's weights of this layer under our names, for ``load_state_dict``."""
+        return {cls.FOREIGN.get(name, name): t for name, t in weights.items()}
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         raise NotImplementedError

@@ -13,15 +13,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from subquad.mixers.base import Context, Mixer
-from subquad.mixers.parts.conv import ShortConv
+from subquad.mixers.base import Context
 from subquad.mixers.parts.decay import A_log_parameter, dt_bias_parameter, softplus_decay
 from subquad.mixers.parts.norm import GatedRMSNorm, l2_norm
+from subquad.mixers.parts.recurrent import QKVMixer
 from subquad.ops import checks
-from subquad.ops.recurrence import cost, recurrence
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(QKVMixer):
     """``S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T``, ``o_t = K^-0.5 S_t^T q_t``.
 
     Args:
@@ -30,10 +29,12 @@ class GatedDeltaNet(Mixer):
         value_heads: HV, a multiple of H; each q/k head serves HV/H consecutive value heads.
         head_dim: K; ``3 C / 4 H`` where None, as in the paper (H K = 0.75 C).
         expand_v: V = expand_v K.
-        conv_size: kernel of the short convolutions of q, k and v.
+        conv_size: kernel of the short convolutions of q, k and v; 0 for none.
         negative_eigenvalues: doubles beta, so that the transition's eigenvalues reach -1.
         norm_eps: of the output norm.
     """
+
+    delta = True
 
     def __init__(
         self,
@@ -47,57 +48,33 @@ class GatedDeltaNet(Mixer):
         negative_eigenvalues: bool = False,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__(dim=dim)
         checks.positive("heads", heads)
         value_heads = heads if value_heads is None else value_heads
         checks.divides("heads", heads, "value_heads", value_heads)
         K = 3 * dim // (4 * heads) if head_dim is None else head_dim
-        checks.positive("head_dim", K)
         V = int(K * expand_v)
-        checks.positive("value_dim", V)
-        self.heads, self.value_heads, self.key_dim, self.value_dim = heads, value_heads, K, V
+        super().__init__(
+            dim=dim,
+            heads=heads,
+            key_heads=heads,
+            value_heads=value_heads,
+            key_dim=K,
+            value_dim=V,
+            conv_size=conv_size,
+        )
         self.negative_eigenvalues = negative_eigenvalues
-
-        self.q_proj = nn.Linear(dim, heads * K, bias=False)
-        self.k_proj = nn.Linear(dim, heads * K, bias=False)
-        self.v_proj = nn.Linear(dim, value_heads * V, bias=False)
         self.a_proj = nn.Linear(dim, value_heads, bias=False)
         self.b_proj = nn.Linear(dim, value_heads, bias=False)
         self.g_proj = nn.Linear(dim, value_heads * V, bias=False)
-        self.q_conv = ShortConv(heads * K, conv_size)
-        self.k_conv = ShortConv(heads * K, conv_size)
-        self.v_conv = ShortConv(value_heads * V, conv_size)
         self.A_log = A_log_parameter(value_heads, 0.0, 16.0)
         self.dt_bias = dt_bias_parameter(value_heads)
         self.norm = GatedRMSNorm(V, eps=norm_eps)
-        self.o_proj = nn.Linear(value_heads * V, dim, bias=False)
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         x = context.zero_padding(x)
-        q, q_conv = self.q_conv(self.q_proj(x), context.past("q_conv"), context.cu_seqlens)
-        k, k_conv = self.k_conv(self.k_proj(x), context.past("k_conv"), context.cu_seqlens)
-        v, v_conv = self.v_conv(self.v_proj(x), context.past("v_conv"), context.cu_seqlens)
+        q, k, v, state = self.qkv(x, context)
+        decay = softplus_decay(self.a_proj(x), self.A_log, self.dt_bias)
         beta = torch.sigmoid(self.b_proj(x)) * (2 if self.negative_eigenvalues else 1)
-        o, S = recurrence(
-            l2_norm(q.unflatten(-1, (self.heads, -1))),
-            l2_norm(k.unflatten(-1, (self.heads, -1))),
-            v.unflatten(-1, (self.value_heads, -1)),
-            decay=context.zero_padding(softplus_decay(self.a_proj(x), self.A_log, self.dt_bias)),
-            beta=context.zero_padding(beta),
-            state=context.past("S"),
-            cu_seqlens=context.cu_seqlens,
-        )
-        y = self.norm(o, self.g_proj(x).unflatten(-1, (self.value_heads, -1)))
-        state = {"S": S, "q_conv": q_conv, "k_conv": k_conv, "v_conv": v_conv}
+        o = self.recur(l2_norm(q), l2_norm(k), v, context, state, decay=decay, beta=beta)
+        y = self.norm(o, self.g_proj(x).view_as(o))
         return self.o_proj(y.flatten(-2)), state
-
-    def state_bytes(self, T: int, dtype: torch.dtype = torch.float32) -> int:
-        widths = 2 * self.heads * self.key_dim + self.value_heads * self.value_dim
-        convs = (self.q_conv.size - 1) * widths * dtype.itemsize
-        return convs + cost.state_bytes(H=self.value_heads, K=self.key_dim, V=self.value_dim)
-
-    def flops(self, T: int) -> int:
-        projections = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        return 2 * T * projections + cost.flops(
-            B=1, T=T, H=self.value_heads, K=self.key_dim, V=self.value_dim, delta=True
-        )

@@ -1,4 +1,4 @@
-"""Norms and the gated norm at the output of a head."""
+"""Norms of q and k, and the gated norm at the output."""
 
 from __future__ import annotations
 
@@ -6,27 +6,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.ops import checks
-
-ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """``x / sqrt(sum x^2 + eps)`` over the last axis, in float32 at least."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
-class GatedRMSNorm(nn.Module):
-    """``rms_norm(x) * weight * act(gate)`` over the last axis; the gate may be None."""
+def sum_norm(x: Tensor) -> Tensor:
+    """``x / sum x`` over the last axis (Schlag et al. 2021, arXiv 2102.11174), zero staying zero.
 
-    def __init__(self, width: int, *, eps: float = 1e-5, activation: str = "silu") -> None:
+    Meant for positive feature maps: a sum that can vanish gives no useful norm.
+    """
+    total = x.sum(-1, keepdim=True)
+    return x / (total + (total == 0))
+
+
+class GatedRMSNorm(nn.Module):
+    """``rms_norm(x) * weight * act(gate)`` over the last axis; the gate may be None.
+
+    Args:
+        width: of the last axis.
+        eps: inside the root.
+        activation: of the gate, a key of ``ACTIVATIONS``.
+        gate_first: ``rms_norm(x * act(gate)) * weight`` instead, as in Mamba-2.
+        groups: equal parts of the last axis, each with a norm of its own.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        eps: float = 1e-5,
+        activation: str = "silu",
+        gate_first: bool = False,
+        groups: int = 1,
+    ) -> None:
         super().__init__()
         checks.one_of("activation", activation, ACTIVATIONS)
+        checks.divides("groups", groups, "width", width)
         self.eps = eps
         self.activation = activation
+        self.gate_first = gate_first
+        self.groups = groups
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        y = F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
-        return y if gate is None else y * ACTIVATIONS[self.activation](gate)
+        if gate is not None:
+            gate = ACTIVATIONS[self.activation](gate)
+            if self.gate_first:
+                x, gate = x * gate, None
+        parts = x.unflatten(-1, (self.groups, -1))
+        y = F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2)
+        y = y * self.weight.to(x.dtype)
+        return y if gate is None else y * gate
