@@ -2,6 +2,10 @@
 
 from kit import Row
 
+MLA_SIZES = {
+    "dim": 16, "heads": 2, "latent_dim": 6, "nope_dim": 4, "rope_dim": 2, "value_dim": 5,
+}  # fmt: skip
+
 ROWS = [
     Row("base_conv", {"dim": 16}),
     Row("based", {"dim": 16, "heads": 2, "feature_dim": 4}),
@@ -54,12 +58,22 @@ ROWS = [
         name="bidirectional",
         causal=False,
     ),
+    Row("mla", MLA_SIZES),
+    Row("mla", {**MLA_SIZES, "rope_theta": 100.0, "form": "absorbed"}, name="rope"),
     Row("retnet", {"dim": 32, "heads": 2}, golden="foreign"),
     Row(
         "retnet",
         {"dim": 16, "heads": 2, "variant": "library", "score_norm": "decay"},
         name="library",
     ),
+    Row("softmax", {"dim": 16, "heads": 2, "out_bias": True}),
+    Row(
+        "softmax",
+        {"dim": 16, "heads": 4, "kv_heads": 2, "qk_norm": True, "rope_dim": 2, "bias": True},
+        name="grouped",
+    ),
+    Row("softmax", {"dim": 16, "heads": 2, "rope_theta": None, "window": 5}, name="window"),
+    Row("softmax", {"dim": 16, "heads": 2, "window": 4, "sinks": 3}, name="sinks"),
     Row("gla", {"dim": 32, "heads": 2}, golden="foreign"),
     Row(
         "gla",

@@ -85,6 +85,16 @@ _CARDS = (
         evidence=("facts", "golden"),
     ),
     System(
+        key="mla",
+        name="MLA",
+        paper="DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model",
+        arxiv="2405.04434",
+        family="softmax",
+        kind="mixer",
+        home="subquad.mixers.mla:MLA",
+        evidence=("facts",),
+    ),
+    System(
         key="retnet",
         name="RetNet",
         paper="Retentive Network: A Successor to Transformer for Large Language Models",
@@ -93,6 +103,16 @@ _CARDS = (
         kind="mixer",
         home="subquad.mixers.retnet:RetNet",
         evidence=("facts", "golden"),
+    ),
+    System(
+        key="softmax",
+        name="Softmax Attention",
+        paper="Attention Is All You Need",
+        arxiv="1706.03762",
+        family="softmax",
+        kind="mixer",
+        home="subquad.mixers.softmax:Softmax",
+        evidence=("facts",),
     ),
     System(
         key="deltanet",

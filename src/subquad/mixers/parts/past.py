@@ -1,0 +1,206 @@
+"""Keys and values that grow with the tokens: joined to the past, packed, padded, windowed.
+
+Legend: B rows of the input, N sequences (B, or those packed in one row), T tokens of the call,
+P tokens of the past, S = P + T, D whatever a token keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from subquad import mask as masks
+from subquad.mask import Mask
+from subquad.mixers.base import Context
+
+PAD = "pad"  # bool [N,S] among a state's tensors, True where a row holds no token (on its left)
+SLACK = 64  # tokens of room that a buffer has at least when it is made
+
+
+class Span:
+    """The past and the new tokens that a call's queries see, each sequence at its row's right.
+
+    A mixer gives what it keeps of the new tokens, takes ``span[name]`` for the whole, and calls::
+
+        o = span.tokens(attention(span.rows(q), ..., span.mask(), cu_seqlens=span.cu_seqlens))
+
+    Packed sequences without a past stay packed; with one they become rows of a common length,
+    padded on the left. ``pad`` is None where no row is padded.
+
+    Args:
+        context: of the mixer's input.
+        new: ``[B,T,D...]`` by name, what to keep of every token.
+        window: of the past, keep the last ``window`` tokens (None: all)
+        sinks: and the first ``sinks``.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        new: Mapping[str, Tensor],
+        *,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> None:
+        self.window, self.sinks = window, sinks
+        self.cu_seqlens: Tensor | None = None
+        self._packing = None if context.cu_seqlens is None else _Packing(context.cu_seqlens)
+        past = None if context.state is None else context.state.tensors
+        self.pad: Tensor | None = None
+        if self._packing is not None and past is not None:
+            self.tensors, self.pad = self._packing.join(past, new)
+        elif self._packing is not None:
+            self.tensors, self.cu_seqlens = dict(new), context.cu_seqlens
+        elif past is not None:
+            self.tensors = {name: append(past[name], t) for name, t in new.items()}
+            if PAD in past:
+                fresh = context.seen.new_zeros(len(context.seen), context.tokens, dtype=torch.bool)
+                self.pad = append(past[PAD], fresh)
+        else:
+            self.tensors, self.pad = dict(new), context.padding
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def rows(self, q: Tensor) -> Tensor:
+        """The queries ``[B,T,...]`` laid out as the keys are."""
+        return q if self._packing is None or self.cu_seqlens is not None else self._packing.rows(q)
+
+    def tokens(self, o: Tensor) -> Tensor:
+        """What ``rows`` did, undone: outputs ``[N,T',...]`` as ``[B,T,...]``."""
+        return o if self._packing is None or self.cu_seqlens is not None else self._packing.back(o)
+
+    def mask(self) -> Mask:
+        """Causal, within the window and the sinks, over the tokens that are there."""
+        S = next(iter(self.tensors.values())).shape[1]
+        mask = masks.causal()
+        if self.window is not None and self.window < S:
+            mask = masks.window(self.window - 1)
+            if self.sinks:
+                mask = masks.causal() & (mask | self._sinks(S))
+        if self.pad is None:
+            return mask
+        return mask & masks.documents(torch.where(self.pad, -1, 0))
+
+    def _sinks(self, S: int) -> Mask:
+        if self.pad is None:
+            return masks.sinks(self.sinks)
+        # In padded rows the first tokens stand at different places. Each sink has a document of
+        # its own and all other tokens share one, so what two tokens do not share is a sink.
+        place = torch.arange(S, device=self.pad.device) - self.pad.sum(1, keepdim=True)
+        first = (place >= 0) & (place < self.sinks)
+        return ~masks.documents(torch.where(first, place + 1, 0))
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of the state after this call."""
+        tensors, pad = self.tensors, self.pad
+        if self.cu_seqlens is not None and self._packing is not None:
+            tensors = {name: self._packing.rows(t) for name, t in tensors.items()}
+            pad = self._packing.pad
+        if pad is not None:
+            tensors = {**tensors, PAD: pad}
+        keep = None if self.window is None else self.window + self.sinks
+        S = next(iter(tensors.values())).shape[1]
+        if keep is None or keep >= S:
+            return tensors
+        if not self.sinks:
+            return {name: compact(t[:, S - keep :]) for name, t in tensors.items()}
+        slot = torch.arange(keep, device=next(iter(tensors.values())).device)
+        source = slot + S - keep
+        if pad is None:
+            source = torch.where(slot < self.sinks, slot, source)
+            return {name: t.index_select(1, source) for name, t in tensors.items()}
+        start = pad.sum(1, keepdim=True)
+        sink = (slot < self.sinks) & (S - start > keep)
+        source = torch.where(sink, start + slot, source)
+        return {name: take(t, source) for name, t in tensors.items()}
+
+
+class _Packing:
+    """Packed sequences as rows of a common length, each at the right of its row."""
+
+    def __init__(self, cu_seqlens: Tensor) -> None:
+        lengths = cu_seqlens.diff()
+        self.width = int(lengths.max())
+        steps = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+        self.row = torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True)
+        self.column = self.width - cu_seqlens[1:][self.row] + steps
+        slots = torch.arange(self.width, device=cu_seqlens.device)
+        self.hole = (self.width - lengths)[:, None]
+        self.pad = slots < self.hole
+        self._source = (cu_seqlens[1:, None] - self.width + slots).clamp_min(0)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """``[1,T,...]`` to ``[N,width,...]``; what stands at the padding is another's."""
+        return x[0][self._source]
+
+    def back(self, rows: Tensor) -> Tensor:
+        return rows[self.row, self.column][None]
+
+    def join(
+        self, past: Mapping[str, Tensor], new: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Past and new rows, the past moved to the right over the padding of the new."""
+        first = past[next(iter(new))]
+        P = first.shape[1]
+        slots = torch.arange(P + self.width, device=first.device)
+        source = torch.where(slots >= P + self.hole, slots, (slots - self.hole).clamp_min(0))
+        before = past.get(PAD, first.new_zeros(first.shape[:2], dtype=torch.bool))
+        pad = take(torch.cat([before, self.pad], 1), source) | (slots < self.hole)
+        common = int(pad.sum(1).min())
+        source, pad = source[:, common:], pad[:, common:]
+        joined = {
+            name: take(torch.cat([past[name], self.rows(t)], 1), source) for name, t in new.items()
+        }
+        return joined, pad
+
+
+def take(t: Tensor, index: Tensor) -> Tensor:
+    """``t [N,S,...]`` at the places ``index [N,S']`` of each row."""
+    return t[torch.arange(len(t), device=t.device)[:, None], index]
+
+
+def append(past: Tensor, new: Tensor) -> Tensor:
+    """``[N,P,D...]`` and ``[N,T,D...]`` joined along the tokens.
+
+    Outside autograd the past's memory is a buffer with room to spare, so that a token costs its own
+    size and not the past's; the past is spent.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.cat([past, new], 1)
+    end, room = _place(past)
+    P, S = past.shape[1], past.shape[1] + new.shape[1]
+    if end + new.shape[1] > room:
+        buffer = past.new_empty(past.shape[0], S + max(S // 4, SLACK), *past.shape[2:])
+        buffer[:, :P] = past
+        whole = buffer[:, :S]
+    else:
+        whole = past.as_strided((past.shape[0], S, *past.shape[2:]), past.stride())
+    whole[:, P:] = new
+    return whole
+
+
+def compact(t: Tensor) -> Tensor:
+    """``t [N,S,D...]``, copied where it would keep far more memory than it needs."""
+    if torch.compiler.is_compiling():
+        return t.clone()
+    spare = t.untyped_storage().nbytes() - t.nbytes
+    slack = 2 * SLACK * t.nbytes // max(t.shape[1], 1)
+    return t.clone() if spare > t.nbytes + slack else t
+
+
+def _place(t: Tensor) -> tuple[int, int]:
+    """Where ``t`` ends in its buffer ``[N,room,D...]``, and the room.
+
+    (0, 0) where it is no slice of such a buffer along the tokens, or one that may not be written.
+    """
+    step = t[0, 0].numel() if t.numel() else 0
+    frozen = t.is_inference() and not torch.is_inference_mode_enabled()
+    if not step or frozen or not t[0, 0].is_contiguous() or t.stride(1) != step:
+        return 0, 0
+    room = t.untyped_storage().nbytes() // (t.itemsize * step * t.shape[0])
+    if t.stride(0) != room * step or t.storage_offset() % step:
+        return 0, 0
+    return t.storage_offset() // step + t.shape[1], room
