@@ -107,7 +107,9 @@ class Mask:
         return And((self, other))
 
     def __or__(self, other: Mask) -> Mask:
-        return Or((self, other)) if isinstance(other, Mask) else NotImplemented
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return Or((self, other))
 
     def __invert__(self) -> Mask:
         return self.part if isinstance(self, Not) else Not(self)
@@ -172,6 +174,10 @@ class First(Mask):
         p0, p1, j0, j1 = rect
         return self.at(p0, j0), self.at(p1, j1)
 
+    def _signature(self, rect):
+        sides = ((self.queries, rect[0]), (self.keys, rect[2]))
+        return [start for limit, start in sides if limit is not None]
+
     def key_range(self, first, last, S):
         if self.queries is not None and first >= self.queries:
             return 0, 0
@@ -206,7 +212,8 @@ def plane_of(mask: Mask, planes: tuple[int, int], b: int, h: int) -> Mask:
     return mask.plane(b if batch > 1 else 0, h * heads // planes[1])
 
 
-class _Join(Mask):
+@dataclass(frozen=True)
+class Join(Mask):
     """What ``&`` and ``|`` share: the parts, and the planes they spread over."""
 
     parts: tuple[Mask, ...]
@@ -241,9 +248,7 @@ class _Join(Mask):
 
 
 @dataclass(frozen=True)
-class And(_Join):
-    parts: tuple[Mask, ...]
-
+class And(Join):
     def at(self, p, j):
         return reduce(torch.logical_and, (part.at(p, j) for part in self.parts))
 
@@ -257,9 +262,7 @@ class And(_Join):
 
 
 @dataclass(frozen=True)
-class Or(_Join):
-    parts: tuple[Mask, ...]
-
+class Or(Join):
     def at(self, p, j):
         return reduce(torch.logical_or, (part.at(p, j) for part in self.parts))
 

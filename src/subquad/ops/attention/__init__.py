@@ -9,24 +9,40 @@ N packed sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+# Not `import torch`: the submodule of that name takes its place in this package once it is loaded.
+from torch import Tensor, float32, is_grad_enabled
+from torch import dtype as DType
 
 from subquad import mask as masks
 from subquad.mask import Mask
 from subquad.ops import checks
+from subquad.ops.attention.combine import merge
 from subquad.ops.backend import Backend, Request, choose
 
 __all__ = ["BACKENDS", "attention", "merge", "request"]
 
 
-def _always(request: Request) -> tuple[bool, str]:
-    return True, "takes everything"
+def _sdpa(request: Request) -> tuple[bool, str]:
+    if "lse" in request.traits:
+        return False, "does not return lse"
+    if request.sizes["S"] == 0:
+        return False, "no key to see"
+    if "mask:none" in request.traits:
+        return True, "everything is visible"
+    if "mask:causal" in request.traits:
+        return True, "dense causal"
+    return False, "a sparse mask would be a dense tensor to it"
 
 
-BACKENDS = (Backend("reference", _always, "subquad.ops.attention.reference:attention"),)
+def _torch(request: Request) -> tuple[bool, str]:
+    return True, "takes every mask, on every device"
+
+
+BACKENDS = (
+    Backend("sdpa", _sdpa, "subquad.ops.attention.sdpa:attention"),
+    Backend("torch", _torch, "subquad.ops.attention.torch:attention"),
+    Backend("reference", _torch, "subquad.ops.attention.reference:attention"),
+)
 
 
 def request(
@@ -39,7 +55,7 @@ def request(
     V: int | None = None,
     B: int = 1,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: DType = float32,
     mask: Mask | None = None,
     offset: int | None = None,
     grad: bool = False,
@@ -109,7 +125,7 @@ def attention(
         if batch not in (1, B) or H % heads:
             raise ValueError(f"mask is for {batch} rows and {heads} heads, q has B={B}, H={H}")
         mask.check(T, S, offset)
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    grad = is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     asked = request(
         B=B, T=T, S=S, H=H, G=G, K=K, V=v.shape[3], device=q.device.type, dtype=q.dtype,
         mask=mask, offset=offset, grad=grad, lse=return_lse,
@@ -124,32 +140,3 @@ def attention(
         offset=S - T if offset is None else offset,
     )
     return (o, lse) if return_lse else o
-
-
-def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """One softmax over the union of disjoint key sets, from each set's ``(o, lse)``.
-
-    Args:
-        parts: pairs ``o [B,T,H,V]``, ``lse [B,T,H]``; a row without keys (lse = -inf) adds nothing.
-
-    Returns:
-        ``o`` in the dtype of the first part's, ``lse`` in float32 (float64 for float64).
-        Differentiable.
-    """
-    if not parts:
-        raise ValueError("merge needs at least one part, got none")
-    for o, lse in parts:
-        if o.shape[:-1] != lse.shape or o.shape != parts[0][0].shape:
-            raise ValueError(
-                f"parts must be o [B,T,H,V] and lse [B,T,H] of one shape, "
-                f"got {[(list(o.shape), list(lse.shape)) for o, lse in parts]}"
-            )
-    lses = torch.stack([lse for _, lse in parts])
-    top = lses.detach().amax(0).nan_to_num(neginf=0.0)
-    weights = (lses - top).exp()
-    total = weights.sum(0)
-    seen = total > 0
-    share = weights / torch.where(seen, total, 1.0)
-    o = sum(w[..., None] * o.to(w.dtype) for w, (o, _) in zip(share, parts, strict=True))
-    lse = torch.where(seen, top + torch.where(seen, total, 1.0).log(), -torch.inf)
-    return o.to(parts[0][0].dtype), lse
