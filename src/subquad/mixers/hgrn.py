@@ -27,7 +27,9 @@ VARIANTS = ("real", "complex")
 class HGRN(Mixer):
     """``h_t = f_t h_{t-1} + (1 - f_t) silu(Wi x_t)``.
 
-    ``f_t = bound + (1 - bound) sigmoid(Wf x_t)``. "real" gives ``Wo (rms_norm(h) * silu(Wg x))``, no biases. "complex", the paper's form, has
+    ``f_t = bound + (1 - bound) sigmoid(Wf x_t)``.
+
+    "real" gives ``Wo (rms_norm(h) * silu(Wg x))``, no biases. "complex", the paper's form, has
     biases, a complex input ``silu(Wi x)`` (adjacent pairs), a learned rotation theta of the state,
     ``h_t = f_t exp(i theta) h_{t-1} + (1 - f_t) u_t``, and gives
     ``Wo (LayerNorm(cat(Re h, Im h)) * silu(Wg x))``.

@@ -49,6 +49,14 @@ class KimiDeltaAttention(QKVMixer):
     """
 
     delta = True
+    FOREIGN = {
+        **QKVMixer.FOREIGN,
+        "f_a_proj.weight": "f_proj.0.weight",
+        "f_b_proj.weight": "f_proj.1.weight",
+        "g_a_proj.weight": "g_proj.0.weight",
+        "g_b_proj.weight": "g_proj.1.weight",
+        "g_b_proj.bias": "g_proj.1.bias",
+    }
 
     def __init__(
         self,

@@ -8,16 +8,24 @@ that says yes runs. ``explain`` shows all the answers.
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 import torch
 
-_forced: ContextVar[str | None] = ContextVar("subquad_backend", default=None)
+
+class _Forced(threading.local):
+    """The implementation asked for in this thread (torch.compile cannot trace a ContextVar)."""
+
+    name: str | None = None
+
+
+_forced = _Forced()
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,16 @@ class Request:
 Verifier = Callable[[Request], tuple[bool, str]]
 
 
+def _imported(module: str) -> bool:
+    import_module(module)
+    return True
+
+
+# What torch.compiler.assume_constant_result sets (and it would import the compiler here): an import
+# cannot be traced, the look-up in sys.modules after it can.
+_imported._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation: its name, its verifier, and where it lives (``"module:function"``)."""
@@ -51,7 +69,8 @@ class Backend:
 
     def load(self) -> Callable[..., Any]:
         module, _, function = self.home.partition(":")
-        return getattr(import_module(module), function)
+        _imported(module)
+        return getattr(sys.modules[module], function)
 
 
 @dataclass(frozen=True)
@@ -74,18 +93,18 @@ def backend(name: str | None) -> Iterator[None]:
     ``None`` gives the choice back to the verifiers. ``SUBQUAD_BACKEND`` in the environment does
     the same for a whole process.
     """
-    token = _forced.set(name)
+    before, _forced.name = _forced.name, name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.name = before
 
 
 def verdicts(
     backends: Sequence[Backend], request: Request, name: str | None = None
 ) -> list[Verdict]:
     """The answers of all implementations; ``chosen`` marks the one that runs."""
-    name = name or _forced.get() or os.environ.get("SUBQUAD_BACKEND")
+    name = name or _forced.name or os.environ.get("SUBQUAD_BACKEND")
     out: list[Verdict] = []
     for b in backends:
         ok, reason = b.verify(request)
@@ -103,7 +122,7 @@ def choose(
     Raises:
         ValueError: if ``name`` is none of the op's implementations, or none takes the request.
     """
-    name = name or _forced.get() or os.environ.get("SUBQUAD_BACKEND")
+    name = name or _forced.name or os.environ.get("SUBQUAD_BACKEND")
     names = [b.name for b in backends]
     if name and name not in names:
         raise ValueError(f"backend of {op} must be one of {names}, got {name!r}")
@@ -115,7 +134,7 @@ def choose(
 
 
 # The operations that explain() knows: their packages export BACKENDS and request(**shape).
-OPS = ("attention", "recurrence")
+OPS = ("attention", "recurrence", "scan")
 
 
 def explain(op: str, **shape: Any) -> list[Verdict]:

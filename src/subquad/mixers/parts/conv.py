@@ -76,5 +76,4 @@ class ShortConv(nn.Module):
         rows = x.new_empty(x.shape[1] + N * pad, x.shape[2])
         rows = rows.index_copy(0, place, x[0]).index_copy(0, seams, past.to(x.dtype).flatten(0, 1))
         y = self._convolve(rows[None])[:, place - pad]
-        last = (seams.view(N, pad) + cu_seqlens.diff()[:, None]).flatten()
-        return y, rows[last].view(N, pad, -1)
+        return y, rows[seams.view(N, pad) + cu_seqlens.diff()[:, None]]
