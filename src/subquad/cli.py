@@ -146,6 +146,9 @@ def explain(
         str | None, typer.Option(help="cpu or cuda; what there is if left out.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    mask: Annotated[
+        str | None, typer.Option(help="Of attention, e.g. 'causal & (window(511) | sinks(4))'.")
+    ] = None,
 ) -> None:
     """Which implementation of an operation runs for a shape, and why the others do not."""
     import torch
@@ -156,6 +159,8 @@ def explain(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     asked = {**spec.options(shape), "device": device, "dtype": _dtype(dtype)}
+    if mask is not None:
+        asked["mask"] = spec.mask(mask)
     try:
         answers = backend.explain(op, **asked)
     except TypeError as error:
@@ -174,6 +179,143 @@ def _dtype(name: str) -> torch.dtype:
 
     checks.one_of("dtype", name, ("float32", "bfloat16", "float16", "float64"))
     return getattr(torch, name)
+
+
+@app.command()
+def compare(
+    mixers: Annotated[
+        str | None,
+        typer.Option(help="Models: softmax,gla[heads=2],hybrid:3,small=gated_deltanet*3 softmax"),
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks: mqar[pairs=8],text")] = None,
+    preset: Annotated[str, typer.Option(help="Where all else comes from.")] = "demo",
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    dim: Annotated[int | None, typer.Option(help="Width of the models.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Layers of the models.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads of every mixer.")] = None,
+    mlp_dim: Annotated[int | None, typer.Option(help="MLP of the largest entry.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of weights and batches.")] = None,
+    text: Annotated[str | None, typer.Option(help="A file or folder for the task text.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="Timed: 256,4096; none: 0.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/compare"),
+) -> None:
+    """Train and time mixers side by side: who recalls what at what cost.
+
+    Stopped at any time, the same command goes on. Writes results.json and report.html.
+    """
+    from dataclasses import replace
+
+    from subquad.bench import compare as bench
+    from subquad.bench import report, spec
+    from subquad.bench.progress import Display
+    from subquad.ops import checks
+
+    checks.one_of("preset", preset, bench.PRESETS)
+    given: dict[str, Any] = {
+        "mixers": mixers and tuple(spec.listed(mixers)),
+        "tasks": tasks and tuple(spec.listed(tasks)),
+        "lengths": lengths and tuple(int(T) for T in spec.listed(lengths) if T != "0"),
+        **{"steps": steps, "batch": batch, "lr": lr, "dim": dim, "depth": depth, "heads": heads},
+        **{"mlp_dim": mlp_dim, "seed": seed, "device": device, "text": text},
+    }
+    chosen = replace(bench.PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
+    console = _console()
+    try:
+        with Display(console) as display:
+            results = bench.compare(chosen, out, display)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+    console.print(report.table(results))
+    path = report.write(results, out / "report.html")
+    console.print(f"{results.path}\n{path}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="E.g. gla, 'gated_deltanet*3 softmax', hybrid:6.")],
+    task: Annotated[str, typer.Option(help="E.g. text, mqar[pairs=8].")] = "text",
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 16,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    dim: Annotated[int, typer.Option(help="Width of the model.")] = 256,
+    depth: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints and model.")] = Path(
+        "runs/train"
+    ),
+) -> None:
+    """Train one model on one task; stopped at any time, the same command goes on.
+
+    The trained model goes to OUT/model, for AutoModelForCausalLM.
+    """
+    import torch
+
+    from subquad import tasks
+    from subquad import train as training
+    from subquad.bench import spec
+    from subquad.bench.progress import Display
+    from subquad.models.causal_lm import CausalLM
+
+    name, options = spec.named(task)
+    made = tasks.create_task(name, **options)
+    torch.manual_seed(seed)
+    lm = CausalLM(spec.model(model, vocab_size=made.vocab_size, dim=dim, depth=depth))
+    lm.to(torch.device(device))
+    config = training.TrainConfig(steps=steps, batch=batch, lr=lr, seed=seed)
+    console = _console()
+    try:
+        with Display(console) as display:
+            display(
+                {
+                    "cells": 1,
+                    "cell": f"{model} on {task}",
+                    "index": 0,
+                    "total": steps,
+                    "done": False,
+                }
+            )
+            found = training.train(lm, made, config, out=out, progress=display)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+    lm.save_pretrained(out / "model")
+    console.print(f"{made.metric} {found.evals[-1][made.metric]:.4f}, saved in {out / 'model'}")
+
+
+@app.command()
+def bench(
+    repeats: Annotated[int, typer.Option(help="Of which the best counts.")] = 5,
+) -> None:
+    """The speed of this CPU's operations beside what one would run otherwise."""
+    from rich.table import Table
+
+    from subquad.bench import results, speed, units
+
+    console = _console()
+    console.print(", ".join(f"{k} {v}" for k, v in results.machine().items()))
+    table = Table("", "ours", "peer", "faster", "wanted", "peer is", box=None, pad_edge=False)
+    for race in speed.races():
+        with console.status(race.name):
+            found = speed.run(race, repeats)
+        colour = "green" if found.holds else "red"
+        table.add_row(
+            found.name,
+            units.seconds(found.ours),
+            units.seconds(found.peer),
+            f"[{colour}]{found.ratio:.2f}x[/]",
+            f"{found.required:g}x",
+            found.against,
+        )
+    console.print(table)
+    with console.status("time over length"):
+        times = speed.linearity()
+    shown = ", ".join(f"T {T:,}: {units.seconds(one)}" for T, one in times)
+    console.print(f"gated delta rule, forward+backward, a token: {shown}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@
     hybrid:6, hybrid:gla:3          a preset: linear layers to one of full attention
     based, kimi_linear              a preset
     mqar[pairs=16], text            tasks
+    causal & window(511) | sinks(4) a mask
 
 Lists are joined by commas; a comma inside brackets does not split.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +21,11 @@ from subquad import catalogue
 from subquad.ops import checks
 
 if TYPE_CHECKING:
-    from subquad.models.causal_lm import CausalLMConfig
+    from subquad.mask import Mask
+    from subquad.models.config import CausalLMConfig
 
 _NAMED = re.compile(r"(?P<name>\w+)(?:\[(?P<options>[^\[\]]*)\])?")
-_PRESET = re.compile(
-    r"(?P<name>hybrid|based|kimi_linear)(?P<args>(?::\w+)*)(?:\[(?P<options>.*)\])?"
-)
+_PRESET = re.compile(r"(?P<name>\w+)(?P<args>(?::\w+)*)(?:\[(?P<options>.*)\])?")
 _CONSTANTS = {"true": True, "false": False, "none": None}
 
 
@@ -80,23 +81,23 @@ def model(text: str, **config: Any) -> CausalLMConfig:
         ValueError: for a name that is neither a preset nor a mixer (with the nearest names), and
             for a pattern that cannot be read.
     """
-    from subquad.models import presets
-    from subquad.models.causal_lm import CausalLMConfig
+    from subquad.models.config import CausalLMConfig
+    from subquad.models.presets import PRESETS
 
     preset = _PRESET.fullmatch(text)
-    if preset is not None:
+    if preset is not None and preset["name"] in PRESETS:
         extra = options(preset["options"])
         args = preset["args"].split(":")[1:]
         if args and preset["name"] != "hybrid":
             raise ValueError(f"only hybrid takes arguments after a colon, got {text!r}")
         for arg in map(value, args):
-            extra["ratio" if isinstance(arg, int) else "linear"] = arg
-        return getattr(presets, preset["name"])(**{**config, **extra})
-    layers, mixers = _pattern(text)
+            extra["linear" if isinstance(arg, str) else "ratio"] = arg
+        return PRESETS[preset["name"]](**{**config, **extra})
+    layers, mixers = _pattern(text, list(PRESETS))
     return CausalLMConfig(layers=layers, mixers=mixers, **config)
 
 
-def _pattern(text: str) -> tuple[str, dict[str, dict[str, Any]]]:
+def _pattern(text: str, presets: list[str]) -> tuple[str, dict[str, dict[str, Any]]]:
     """A layer pattern with options in brackets, as the plain pattern and the aliases it needs."""
     known = [card.key for card in catalogue.systems(kind="mixer")]
     tokens, mixers = [], {}
@@ -105,10 +106,43 @@ def _pattern(text: str) -> tuple[str, dict[str, dict[str, Any]]]:
         if star and not times.isdecimal():
             raise ValueError(f"a repetition must be name*number, got {token!r}")
         name, extra = named(entry)
-        checks.one_of("mixer", name, known)
+        if name not in known:
+            checks.one_of("mixer", name, sorted({*known, *presets}))
         alias = name
         if extra:
             alias = re.sub(r"\W", "_", name + "".join(f"_{k}{v}" for k, v in extra.items()))
             mixers[alias] = {"mixer": name, **extra}
         tokens.append(alias + star + times)
     return " ".join(tokens), mixers
+
+
+def mask(text: str) -> Mask:
+    """``"causal & (window(511) | sinks(4))"`` as a mask; ``&``, ``|`` and ``~`` join them.
+
+    Raises:
+        ValueError: for anything but masks by their names, with whole numbers.
+    """
+    try:
+        return _mask(ast.parse(text, mode="eval").body)
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"mask {text!r} cannot be read: {error}") from None
+
+
+def _mask(node: ast.expr) -> Mask:
+    from subquad import mask
+
+    match node:
+        case ast.BinOp(left, ast.BitAnd(), right):
+            return _mask(left) & _mask(right)
+        case ast.BinOp(left, ast.BitOr(), right):
+            return _mask(left) | _mask(right)
+        case ast.UnaryOp(ast.Invert(), operand):
+            return ~_mask(operand)
+        case ast.Name(name):
+            call, arguments = name, []
+        case ast.Call(ast.Name(name), arguments, []):
+            call = name
+        case _:
+            raise ValueError(f"a mask is name or name(number, ...), got {ast.unparse(node)!r}")
+    checks.one_of("mask", call, ("causal", "full", "prefix", "sinks", "strided", "window"))
+    return getattr(mask, call)(*(ast.literal_eval(a) for a in arguments))

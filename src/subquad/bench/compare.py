@@ -1,0 +1,298 @@
+"""The comparison: mixers and hybrids under equal parameters and steps, on tasks and on the clock.
+
+A comparison is a list of cells: every entry trained on every task, then every entry timed over the
+length. Each finished cell goes to results.json; a cell that was cut short goes on from its
+training checkpoint, a finished one is kept as long as nothing that it depends on has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from subquad import catalogue
+from subquad.bench import spec
+from subquad.bench.results import Results, machine
+from subquad.ops import checks
+
+if TYPE_CHECKING:
+    from subquad.models.causal_lm import CausalLM
+    from subquad.models.config import CausalLMConfig
+    from subquad.tasks.base import Task
+    from subquad.train import TrainConfig
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What to compare, and how.
+
+    Attributes:
+        mixers: models as :mod:`subquad.bench.spec` names them; ``label=model`` sets the label.
+        tasks: tasks as :mod:`subquad.bench.spec` names them. Their options may hold those of
+            training (``mqar[pairs=8,steps=400]``), which go before the ones below.
+        dim: C, the width of every model; depth: its layers.
+        heads: of every mixer that has heads and is not given another number; None leaves each its
+            default.
+        mlp_dim: inner width of the MLP of the largest entry; the others get wider ones, so that
+            all have equally many parameters (within 2%).
+        steps, batch, lr, warmup, weight_decay: of training.
+        eval_every, eval_batches: how often, and on how many held-out batches, to evaluate.
+        seed: of weights and batches.
+        lengths: at which to time; none leaves the timing out.
+        text: file or folder that the task "text" reads; None for its default.
+        budget: seconds that a single timed prompt may take; longer lengths are left out.
+        device: "cpu" or "cuda".
+    """
+
+    mixers: tuple[str, ...]
+    tasks: tuple[str, ...] = ("mqar", "text")
+    dim: int = 64
+    depth: int = 4
+    heads: int | None = None
+    mlp_dim: int = 128
+    steps: int = 500
+    batch: int = 32
+    lr: float = 2e-3
+    warmup: int = 50
+    weight_decay: float = 0.1
+    eval_every: int = 100
+    eval_batches: int = 4
+    seed: int = 0
+    lengths: tuple[int, ...] = (256, 1024, 4096, 16384)
+    budget: float = 20.0
+    device: str = "cpu"
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "depth", "mlp_dim", "steps", "batch", "eval_every", "eval_batches"):
+            checks.positive(name, getattr(self, name))
+        if not self.mixers:
+            raise ValueError("mixers must name at least one model, got none")
+        if list(self.lengths) != sorted(set(self.lengths)) or min(self.lengths, default=1) < 1:
+            raise ValueError(f"lengths must be positive and rising, got {list(self.lengths)}")
+        labels = [label for label, _ in self.entries()]
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"mixers must have different labels, got {labels}")
+
+    def entries(self) -> list[tuple[str, str]]:
+        """(label, model) of every entry."""
+        out = []
+        for text in self.mixers:
+            label, equals, model = text.partition("=")
+            named = equals and "[" not in label
+            out.append((label.strip(), model.strip()) if named else (text, text))
+        return out
+
+
+DEMO = Comparison(
+    mixers=("softmax", "based=based[feature_dim=8,window=16]", "gated_deltanet", "hybrid:3"),
+    tasks=("mqar", "text"),
+)
+PRESETS = {"demo": DEMO}
+
+
+def compare(comparison: Comparison, out: Path, progress: Progress | None = None) -> Results:
+    """Run what is missing of a comparison and return all of it.
+
+    Args:
+        comparison: what to run.
+        out: the folder of results.json and of the training checkpoints.
+        progress: is told ``{"cells", "cell", "index", "total", "done"}`` before each cell and,
+            within it, what training and timing report.
+
+    Raises:
+        ValueError: for names, options and sizes that do not fit, before any training.
+    """
+    tell = progress or (lambda event: None)
+    results = Results.load(out / "results.json")
+    cells = list(_cells(comparison))
+    results.order = [label for label, _ in comparison.entries()]
+    names = {cell.name for cell in cells}
+    results.cells = {name: cell for name, cell in results.cells.items() if name in names}
+    results.made = machine()
+    for i, cell in enumerate(cells):
+        done = results.done(cell.name, cell.spec)
+        tell(
+            {
+                "cells": len(cells),
+                "cell": cell.name,
+                "index": i,
+                "total": cell.total,
+                "done": done,
+            }
+        )
+        if not done:
+            results.cells[cell.name] = {"spec": cell.spec, **cell.run(out / "cells", tell)}
+            results.save()
+    results.save()
+    return results
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One measurement of ``total`` steps: ``spec`` is all that it depends on."""
+
+    name: str
+    total: int
+    spec: dict[str, Any]
+    measure: Callable[[Path, Progress], dict[str, Any]]
+
+    def run(self, folder: Path, tell: Progress) -> dict[str, Any]:
+        digest = hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode()).hexdigest()[:16]
+        return self.measure(folder / digest, tell)
+
+
+def _cells(comparison: Comparison) -> Iterator[_Cell]:
+    """All the cells, checked: nothing that a user can get wrong is left for later."""
+    from subquad.tasks import create_task
+
+    for text in comparison.tasks:
+        name, options = spec.named(text)
+        config, options = _training(comparison, options)
+        if name == "text" and comparison.text is not None:
+            options.setdefault("path", comparison.text)
+        task = create_task(name, **options)
+        for label, model in matched(comparison, task.vocab_size).items():
+            yield _train_cell(label, name, task, model, config, comparison)
+    if comparison.lengths:
+        for label, model in matched(comparison, 256).items():
+            yield _speed_cell(label, model, comparison)
+
+
+def _training(
+    comparison: Comparison, options: Mapping[str, Any]
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """The training configuration of a task, and the options that are the task's own."""
+    from subquad.train import TrainConfig
+
+    names = {f.name for f in fields(TrainConfig)}
+    shared = {name: value for name, value in asdict(comparison).items() if name in names}
+    own = {name: value for name, value in options.items() if name in names}
+    rest = {name: value for name, value in options.items() if name not in names}
+    return TrainConfig(**{**shared, **own}), rest
+
+
+def matched(comparison: Comparison, vocab_size: int) -> dict[str, CausalLMConfig]:
+    """Each entry's configuration, with the MLP widened until all have equally many parameters."""
+    configs = {}
+    for label, model in comparison.entries():
+        config = spec.model(
+            model,
+            vocab_size=vocab_size,
+            dim=comparison.dim,
+            depth=comparison.depth,
+            mlp_dim=comparison.mlp_dim,
+            tie_embeddings=True,
+        )
+        configs[label] = _with_heads(config, comparison.heads)
+    counts = {label: parameters(config) for label, config in configs.items()}
+    target = max(counts.values())
+    for label, config in configs.items():
+        missing = target - counts[label]
+        config.mlp_dim = comparison.mlp_dim + round(missing / (3 * config.dim * config.depth))
+        found = parameters(config)
+        if abs(found - target) > 0.02 * target:
+            raise ValueError(
+                f"{label} has {found:,} parameters where {target:,} are wanted; "
+                "a larger dim or depth lets the MLP match them"
+            )
+    return configs
+
+
+def _with_heads(config: CausalLMConfig, heads: int | None) -> CausalLMConfig:
+    if heads is None:
+        return config
+    for alias in set(config.pattern):
+        key, options = config.mixer(alias)
+        if "heads" in inspect.signature(catalogue.system(key).load()).parameters:
+            config.mixers[alias] = {"mixer": key, "heads": heads, **options}
+    return config
+
+
+def parameters(config: CausalLMConfig) -> int:
+    """The model's parameters, counted without allocating them."""
+    import torch
+
+    from subquad.models.causal_lm import CausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in CausalLM(config).parameters())
+
+
+def build(config: CausalLMConfig, comparison: Comparison) -> CausalLM:
+    import torch
+
+    from subquad.models.causal_lm import CausalLM
+
+    torch.manual_seed(comparison.seed)
+    return CausalLM(config).to(torch.device(comparison.device))
+
+
+def _train_cell(
+    label: str,
+    name: str,
+    task: Task,
+    model: CausalLMConfig,
+    config: TrainConfig,
+    comparison: Comparison,
+) -> _Cell:
+    def measure(folder: Path, tell: Progress) -> dict[str, Any]:
+        from subquad.train import train
+
+        lm = build(model, comparison)
+        found = train(lm, task, config, out=folder, progress=tell)
+        return {
+            "kind": "train",
+            "entry": label,
+            "task": name,
+            "metric": task.metric,
+            "higher_is_better": task.higher_is_better,
+            "tokens": task.length,
+            "steps": found.steps,
+            "parameters": parameters(model),
+            "mlp_dim": model.mlp_dim,
+            "score": found.evals[-1][task.metric],
+            "state_bytes": lm.state_bytes(task.length),
+            "history": found.history,
+            "evals": found.evals,
+            "tokens_per_second": found.tokens_per_second,
+        }
+
+    depends = {
+        "model": _plain(model),
+        "task": {"name": name, **task.options()},
+        "train": asdict(config),
+        "seed": comparison.seed,
+        "device": comparison.device,
+    }
+    return _Cell(f"train/{label}/{name}", config.steps, json.loads(json.dumps(depends)), measure)
+
+
+def _speed_cell(label: str, model: CausalLMConfig, comparison: Comparison) -> _Cell:
+    def measure(folder: Path, tell: Progress) -> dict[str, Any]:
+        from subquad.bench.measure import over_lengths
+
+        lm = build(model, comparison).eval()
+        found = over_lengths(lm, lengths, budget=comparison.budget, progress=tell)
+        return {"kind": "speed", "entry": label, "parameters": parameters(model), **found}
+
+    lengths = comparison.lengths
+    depends = {
+        "model": _plain(model),
+        "lengths": lengths,
+        "budget": comparison.budget,
+        "device": comparison.device,
+    }
+    return _Cell(f"speed/{label}", len(lengths), json.loads(json.dumps(depends)), measure)
+
+
+def _plain(config: CausalLMConfig) -> dict[str, Any]:
+    """What a model's configuration adds to the defaults, without versions."""
+    return {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}
