@@ -185,6 +185,17 @@ _CARDS = (
         home="subquad.mixers.gated_deltanet:GatedDeltaNet",
         evidence=("facts",),
     ),
+    System(
+        key="eval_tasks",
+        name="Evaluation tasks",
+        paper="Zoology: Measuring and Improving Recall in Efficient Language Models; RULER; others",
+        arxiv="2312.04927",
+        family="benchmark",
+        kind="task",
+        home="subquad.tasks:create_task",
+        trains=False,
+        evidence=("facts", "golden"),
+    ),
 )
 
 
