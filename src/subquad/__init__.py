@@ -12,15 +12,20 @@ use, so ``import subquad`` costs next to nothing beyond torch.
 from importlib import import_module
 from typing import Any
 
+from subquad.models import auto as _auto
+
 __version__ = "0.1.0"
 
 # The public names and the modules they live in; the only place that lists them.
 _HOMES = {
+    "CausalLM": "subquad.models.causal_lm",
+    "CausalLMConfig": "subquad.models.config",
     "Mask": "subquad.mask",
     "Mixer": "subquad.mixers.base",
     "State": "subquad.state",
     "System": "subquad.catalogue",
     "backend": "subquad.ops.backend",
+    "create_model": "subquad.models.presets",
     "create_mixer": "subquad.mixers.base",
     "explain": "subquad.ops.backend",
     "systems": "subquad.catalogue",
@@ -50,3 +55,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+_auto.install()
