@@ -20,9 +20,11 @@ from torch import Tensor
 from subquad.mask.algebra import Band, First, Mask, Strided
 from subquad.mask.data import Blocks, Documents, Packed, PerHead
 from subquad.mask.table import Table, positive, readable
+from subquad.mask.tiles import Tiles
 
 __all__ = [
     "Mask",
+    "Tiles",
     "blocks",
     "causal",
     "documents",

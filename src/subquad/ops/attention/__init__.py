@@ -9,6 +9,8 @@ N packed sequences.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 # Not `import torch`: the submodule of that name takes its place in this package once it is loaded.
 from torch import Tensor, float32, is_grad_enabled
 from torch import dtype as DType
@@ -75,6 +77,32 @@ def request(
     return Request(device, dtype, sizes, frozenset(traits))
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = ...,
+    *,
+    scale: float | None = ...,
+    offset: int | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = ...,
+    *,
+    scale: float | None = ...,
+    offset: int | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,

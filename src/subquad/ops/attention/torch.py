@@ -57,8 +57,8 @@ def few(
         keep = keep.repeat(H // G, 1) if keep.dim() == 2 else keep
         scores = scores.masked_fill(~keep, -torch.inf)
     o, lse = _softmax_times(scores, v.to(accumulate).transpose(1, 2))
-    o = o.unflatten(2, (-1, T)).permute(0, 3, 1, 2, 4).reshape(B, T, H, V)
-    return o.to(v.dtype), lse.unflatten(2, (-1, T)).permute(0, 3, 1, 2).reshape(B, T, H)
+    o = o.unflatten(2, (H // G, T)).permute(0, 3, 1, 2, 4).reshape(B, T, H, V)
+    return o.to(v.dtype), lse.unflatten(2, (H // G, T)).permute(0, 3, 1, 2).reshape(B, T, H)
 
 
 def _softmax_times(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

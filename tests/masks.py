@@ -1,0 +1,79 @@
+"""Random masks beside their meaning: a plain predicate of the query's place and the key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from hypothesis import strategies as st
+
+from subquad import mask
+
+Pair = tuple[mask.Mask, Callable[[int, int], bool]]
+
+
+def dense(meaning: Callable[[int, int], bool], T: int, S: int, offset: int) -> torch.Tensor:
+    return torch.tensor([[bool(meaning(i + offset, j)) for j in range(S)] for i in range(T)])
+
+
+def atoms(S: int) -> st.SearchStrategy[Pair]:
+    """Masks of one plane over S keys, with queries at 0..S-1."""
+    n = st.integers(0, S)
+    size = st.integers(1, 7)
+
+    def documents(ids: list[int]) -> Pair:
+        return mask.documents(torch.tensor(ids)), lambda p, j: ids[p] == ids[j] >= 0
+
+    def packed(cuts: list[int], left: int) -> Pair:
+        bounds = [0, *sorted(cuts), S]
+        which = [sum(p >= c for c in bounds[1:]) for p in range(S)]
+        return (
+            mask.packed(mask.window(left) | mask.sinks(2), bounds),
+            lambda p, j: which[p] == which[j] and (0 <= p - j <= left or j - bounds[which[p]] < 2),
+        )
+
+    def blocks(size: int, rows: int, seed: int) -> Pair:
+        g = torch.Generator().manual_seed(seed)
+        count = -(-S // size)
+        index = torch.randint(-1, count, (-(-S // rows), 3), generator=g)
+        kept = [set(r) for r in index.tolist()]
+        return mask.blocks(index, size, rows), lambda p, j: j // size in kept[p // rows]
+
+    return st.one_of(
+        st.just((mask.causal(), lambda p, j: j <= p)),
+        st.just((mask.full(), lambda p, j: True)),
+        st.builds(
+            lambda a, b: (mask.window(a, b), lambda p, j: p - a <= j <= p + b), n, st.integers(0, 5)
+        ),
+        st.builds(lambda n: (mask.sinks(n), lambda p, j: j < n), n),
+        st.builds(lambda n: (mask.prefix(n), lambda p, j: p < n and j < n), n),
+        st.builds(
+            lambda s, w: (mask.strided(max(s, w), w), lambda p, j: (p - j) % max(s, w) < w),
+            size,
+            size,
+        ),
+        st.builds(documents, st.lists(st.integers(-1, 2), min_size=S, max_size=S)),
+        st.builds(packed, st.lists(n, max_size=3), size) if S else st.nothing(),
+        st.builds(blocks, size, size, st.integers(0, 99)),
+    )
+
+
+def expressions(S: int) -> st.SearchStrategy[Pair]:
+    def both(a: Pair, b: Pair) -> Pair:
+        return a[0] & b[0], lambda p, j: a[1](p, j) and b[1](p, j)
+
+    def either(a: Pair, b: Pair) -> Pair:
+        return a[0] | b[0], lambda p, j: a[1](p, j) or b[1](p, j)
+
+    def neither(a: Pair) -> Pair:
+        return ~a[0], lambda p, j: not a[1](p, j)
+
+    return st.recursive(
+        atoms(S),
+        lambda inner: st.one_of(
+            st.builds(both, inner, inner),
+            st.builds(either, inner, inner),
+            st.builds(neither, inner),
+        ),
+        max_leaves=4,
+    )
