@@ -10,6 +10,7 @@ Legend: B batch, T tokens, C dim, H heads, K feature dim (d' in the paper), V va
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,13 @@ class Based(LinearAttention):
             1 + K + K (K + 1) / 2 instead of 1 + K + K^2; the same attention, 0.56 of the state).
         eps: added to the sum of the weights.
     """
+
+    FOREIGN: ClassVar[Mapping[str, str]] = {
+        "proj_q.weight": "q_proj.weight",
+        "proj_k.weight": "k_proj.weight",
+        "proj_v.weight": "v_proj.weight",
+        "out_proj.weight": "o_proj.weight",
+    }
 
     def __init__(
         self,
@@ -63,6 +71,12 @@ class BaseConv(Mixer):
         expand: the width of u1 and u2 together, in C.
         conv_size: kernel of the causal depthwise convolution.
     """
+
+    FOREIGN: ClassVar[Mapping[str, str]] = {
+        "conv.conv.weight": "conv.weight",
+        "out_proj.weight": "o_proj.weight",
+        "out_proj.bias": "o_proj.bias",
+    }
 
     def __init__(self, *, dim: int, expand: int = 4, conv_size: int = 3) -> None:
         super().__init__(dim=dim)

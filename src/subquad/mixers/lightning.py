@@ -84,7 +84,8 @@ class Lightning(RecurrentMixer):
         self.theta = nn.Parameter(lrpe_angles(heads, width)) if rotates else None
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
-        x, state = context.zero_padding(x), dict[str, Tensor]()
+        x = context.zero_padding(x)
+        state: dict[str, Tensor] = {}
         q = F.silu(self.q_proj(x)).unflatten(-1, (self.heads, -1))
         k = F.silu(self.k_proj(x)).unflatten(-1, (self.heads, -1))
         v = self.v_proj(x).unflatten(-1, (self.heads, -1))

@@ -89,7 +89,8 @@ class RetNet(RecurrentMixer):
             self.norm = GatedRMSNorm(value_dim, eps=self.norm_eps)
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
-        x, state = context.zero_padding(x), dict[str, Tensor]()
+        x = context.zero_padding(x)
+        state: dict[str, Tensor] = {}
         q = self._turn(self.q_proj(x), context)
         k = self._turn(self.k_proj(x), context) * self.key_dim**-0.5
         v = self.v_proj(x).unflatten(-1, (self.heads, -1))
