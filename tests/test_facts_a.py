@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 import subquad
 from kit import close
 from subquad.mixers.lightning import lightning_rates, slopes
+from subquad.mixers.parts import past
 from subquad.mixers.parts.feature_map import FEATURE_MAPS, create_feature_map
 from subquad.mixers.parts.rotary import rope_frequencies, rotate
 from subquad.mixers.retnet import retention_decay, retention_frequencies
@@ -458,6 +460,17 @@ def test_packed_sequences_go_on_from_their_own_pasts(name):
                 alone, pasts[n] = mixer(x[:, a:b], state=pasts[n])
                 close(y[:, a:b], alone)
     assert state.seen.tolist() == [12, 9, 19]
+
+
+def test_packed_training_makes_no_rows():
+    """A long sequence packed with many short ones costs no more memory than its tokens."""
+    mixer, x = build("softmax", dim=12, heads=2), tokens(1, 80, 12)
+    cu = torch.tensor([0, *range(1, 41), 80], dtype=torch.int32)
+    with mock.patch.object(past, "_Packing") as rows:
+        _, state = mixer(x, cu_seqlens=cu)
+        assert not rows.called
+    assert state["k"].shape == (41, 40, 2, 6)
+    assert state.crop(1).seen.tolist() == [0] * 40 + [39]
 
 
 # MLA

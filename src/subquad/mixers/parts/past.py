@@ -6,7 +6,8 @@ P tokens of the past, S = P + T, D whatever a token keeps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,31 +47,30 @@ class Span:
     ) -> None:
         self.window, self.sinks = window, sinks
         self.cu_seqlens: Tensor | None = None
-        self._packing = None if context.cu_seqlens is None else _Packing(context.cu_seqlens)
-        past = None if context.state is None else context.state.tensors
         self.pad: Tensor | None = None
-        if self._packing is not None and past is not None:
+        self._packing: _Packing | None = None
+        past = None if context.state is None else context.state.tensors
+        if past is None:
+            self.tensors, self.cu_seqlens, self.pad = dict(new), context.cu_seqlens, context.padding
+        elif context.cu_seqlens is not None:
+            self._packing = _Packing(context.cu_seqlens)
             self.tensors, self.pad = self._packing.join(past, new)
-        elif self._packing is not None:
-            self.tensors, self.cu_seqlens = dict(new), context.cu_seqlens
-        elif past is not None:
+        else:
             self.tensors = {name: append(past[name], t) for name, t in new.items()}
             if PAD in past:
                 fresh = context.seen.new_zeros(len(context.seen), context.tokens, dtype=torch.bool)
                 self.pad = append(past[PAD], fresh)
-        else:
-            self.tensors, self.pad = dict(new), context.padding
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def rows(self, q: Tensor) -> Tensor:
         """The queries ``[B,T,...]`` laid out as the keys are."""
-        return q if self._packing is None or self.cu_seqlens is not None else self._packing.rows(q)
+        return q if self._packing is None else self._packing.rows(q)
 
     def tokens(self, o: Tensor) -> Tensor:
         """What ``rows`` did, undone: outputs ``[N,T',...]`` as ``[B,T,...]``."""
-        return o if self._packing is None or self.cu_seqlens is not None else self._packing.back(o)
+        return o if self._packing is None else self._packing.back(o)
 
     def mask(self) -> Mask:
         """Causal, within the window and the sinks, over the tokens that are there."""
@@ -93,21 +93,30 @@ class Span:
         first = (place >= 0) & (place < self.sinks)
         return ~masks.documents(torch.where(first, place + 1, 0))
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> Mapping[str, Tensor]:
         """The tensors of the state after this call."""
-        tensors, pad = self.tensors, self.pad
-        if self.cu_seqlens is not None and self._packing is not None:
-            tensors = {name: self._packing.rows(t) for name, t in tensors.items()}
-            pad = self._packing.pad
-        if pad is not None:
-            tensors = {**tensors, PAD: pad}
-        keep = None if self.window is None else self.window + self.sinks
-        S = next(iter(tensors.values())).shape[1]
-        if keep is None or keep >= S:
+        if self.cu_seqlens is not None:
+            return _Later([*self.tensors, PAD], self._unpacked)
+        tensors = self.tensors if self.pad is None else {**self.tensors, PAD: self.pad}
+        return self._kept(tensors, self.pad)
+
+    def _unpacked(self) -> dict[str, Tensor]:
+        assert self.cu_seqlens is not None
+        packing = _Packing(self.cu_seqlens)
+        tensors = {name: packing.rows(t) for name, t in self.tensors.items()}
+        return self._kept({**tensors, PAD: packing.pad}, packing.pad)
+
+    def _kept(self, tensors: dict[str, Tensor], pad: Tensor | None) -> dict[str, Tensor]:
+        """The sinks and the window of each row, or all."""
+        if self.window is None:
+            return tensors
+        first, keep = next(iter(tensors.values())), self.window + self.sinks
+        S = first.shape[1]
+        if keep >= S:
             return tensors
         if not self.sinks:
             return {name: compact(t[:, S - keep :]) for name, t in tensors.items()}
-        slot = torch.arange(keep, device=next(iter(tensors.values())).device)
+        slot = torch.arange(keep, device=first.device)
         source = slot + S - keep
         if pad is None:
             source = torch.where(slot < self.sinks, slot, source)
@@ -116,6 +125,33 @@ class Span:
         sink = (slot < self.sinks) & (S - start > keep)
         source = torch.where(sink, start + slot, source)
         return {name: take(t, source) for name, t in tensors.items()}
+
+
+class _Later(Mapping[str, Tensor]):
+    """Tensors made when one is first asked for.
+
+    Training drops the state of packed sequences unused, and as rows the short ones would take the
+    longest one's memory.
+    """
+
+    def __init__(self, names: Sequence[str], make: Callable[[], dict[str, Tensor]]) -> None:
+        self._names, self._make = names, make
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return self._make()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class _Packing:
