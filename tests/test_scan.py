@@ -7,6 +7,7 @@ import torch
 
 from kit import close, poisoned
 from subquad.ops.scan import scan
+from subquad.ops.scan.chunk import _scan
 
 LENGTHS = (1, 2, 3, 16, 17, 50)
 
@@ -54,6 +55,11 @@ def test_gradients(complex):
             return scan(x, decay, state=state, cu_seqlens=packed, backend="torch")
 
         assert torch.autograd.gradcheck(run, leaves, check_grad_dtypes=True)
+
+
+def test_op_keeps_the_rules_of_torch():
+    x, decay, state = inputs(T=5)
+    torch.library.opcheck(_scan, (x.requires_grad_(), decay.exp(), state))
 
 
 def test_one_gate_sums_and_no_gate_forgets():

@@ -78,7 +78,8 @@ class HGRN2(RecurrentMixer):
         self.bound = LayerBound(dim, layer=layer, layers=layers, bounds=bounds)
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
-        x, state = context.zero_padding(x), dict[str, Tensor]()
+        state: dict[str, Tensor] = {}
+        x = context.zero_padding(x)
         decay, k = bounded_gate(self.f_proj(x), self.bound())
         q, v = self.q_activation(self.q_proj(x)), self.v_activation(self.i_proj(x))
         q, k, v, decay = (t.unflatten(-1, (self.state_heads, -1)) for t in (q, k, v, decay))

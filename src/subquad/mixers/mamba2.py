@@ -96,7 +96,7 @@ class Mamba2(RecurrentMixer):
         self.o_proj = nn.Linear(inner, dim, bias=False)
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
-        state = dict[str, Tensor]()
+        state: dict[str, Tensor] = {}
         z, xBC, dt = self.in_proj(context.zero_padding(x)).split(self.widths, -1)
         xBC = self.convolve("conv", xBC, context, state)
         GN = self.groups * self.key_dim

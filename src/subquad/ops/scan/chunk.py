@@ -24,7 +24,7 @@ def scan(
         return x, first
     xs, gates = x.to(wide), decay.to(wide).exp()
     if cu_seqlens is None:
-        h: Tensor = _Scan.apply(xs, gates, first)
+        h = _scan(xs, gates, first)
         return h.to(x.dtype), h[:, -1].clone()
     # At the start of a sequence the state before it enters as an input, and the gate is shut.
     steps = torch.arange(x.shape[1], device=x.device)
@@ -32,28 +32,37 @@ def scan(
     starts = (steps == cu_seqlens[which])[:, None]
     if state is not None:
         xs = xs + torch.where(starts, gates * first[which], 0)
-    h = _Scan.apply(xs, gates.masked_fill(starts, 0), torch.zeros_like(first[:1]))
+    h = _scan(xs, gates.masked_fill(starts, 0), torch.zeros_like(first[:1]))
     ends = (cu_seqlens[1:] - 1).clamp_min(0)
     last = torch.where((cu_seqlens.diff() > 0)[:, None], h[0, ends], first)
     return h.to(x.dtype), last
 
 
-class _Scan(torch.autograd.Function):
+@torch.library.custom_op("subquad::scan", mutates_args=())
+def _scan(x: Tensor, a: Tensor, first: Tensor) -> Tensor:
     """``h_t = a_t h_{t-1} + x_t`` for x, a ``[B,T,D]`` and h_0 = ``first [B,D]``."""
+    return _chunked(x, a, first)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, first: Tensor) -> Tensor:
-        h = _chunked(x, a, first)
-        ctx.save_for_backward(a, h, first)
-        return h
 
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> Any:
-        a, h, first = ctx.saved_tensors
-        after = F.pad(a[:, 1:], (0, 0, 0, 1)).conj().flip(1)
-        G = _chunked(dh.flip(1), after.resolve_conj(), torch.zeros_like(first)).flip(1)
-        before = torch.cat([first[:, None], h[:, :-1]], 1)
-        return G, G * before.conj(), G[:, 0] * a[:, 0].conj()
+@_scan.register_fake
+def _(x: Tensor, a: Tensor, first: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    _, a, first = inputs
+    ctx.save_for_backward(a, output, first)
+
+
+def _backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a, h, first = ctx.saved_tensors
+    after = F.pad(a[:, 1:], (0, 0, 0, 1)).conj().flip(1).resolve_conj()
+    G = _scan(dh.flip(1), after, torch.zeros_like(first)).flip(1)
+    before = torch.cat([first[:, None], h[:, :-1]], 1)
+    return G, G * before.conj(), G[:, 0] * a[:, 0].conj()
+
+
+_scan.register_autograd(_backward, setup_context=_save)
 
 
 def _chunked(x: Tensor, a: Tensor, first: Tensor) -> Tensor:
@@ -61,7 +70,7 @@ def _chunked(x: Tensor, a: Tensor, first: Tensor) -> Tensor:
     B, T, D = x.shape
     size = math.isqrt(T - 1) + 1
     rows = size * -(-T // size)
-    h, reach = x.new_zeros(2, B, rows, D)
+    h, reach = x.new_zeros(B, rows, D), a.new_zeros(B, rows, D)
     h[:, :T], reach[:, :T] = x, a
     h, reach = h.view(B, -1, size, D), reach.view(B, -1, size, D)
     for i in range(1, size):
@@ -70,4 +79,5 @@ def _chunked(x: Tensor, a: Tensor, first: Tensor) -> Tensor:
     for n in range(h.shape[1]):
         h[:, n].addcmul_(reach[:, n], first[:, None])
         first = h[:, n, -1]
-    return h.view(B, rows, D)[:, :T]
+    h = h.view(B, rows, D)[:, :T]
+    return h if rows == T else h.contiguous()
