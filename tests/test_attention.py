@@ -2,14 +2,14 @@ import importlib
 import itertools
 import time
 
-import masks
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit import poisoned
 
+import masks
 import subquad
+from kit import poisoned
 from subquad import mask
 from subquad.ops.attention import attention, merge
 
@@ -218,6 +218,38 @@ def test_who_runs():
         assert runs() == "reference"
 
 
+class Compiled(torch.nn.Module):
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, q, k, v):
+        m = self.kept or mask.causal() & (mask.window(5) | mask.strided(3))
+        o, lse = attention(q * 1.0, k, v, m, return_lse=True)
+        return o + attention(q, k, v, mask.causal()), lse + 1.0
+
+
+@pytest.mark.parametrize(
+    "kept", [None, ~mask.window(3), mask.documents(IDS[:, :14]) & mask.causal()]
+)
+def test_compiles_to_one_graph(kept):
+    """A mask may be made in the forward, or kept by the module where it holds data."""
+    module, tensors = Compiled(kept), inputs(T=14, K=4, V=4)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    got, want = compiled(*tensors), module(*tensors)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(gradients(got, tensors), gradients(want, tensors), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_operator_is_well_made():
+    node = importlib.import_module("subquad.ops.attention.node")
+    m = node._constant((mask.causal() & mask.window(4)).spec())
+    home = "subquad.ops.attention.torch"
+    args = (*inputs(T=13), m, 0.5, 0, home)
+    torch.library.opcheck(torch.ops.subquad.attention.default, args)
+
+
 def test_memory_and_time_follow_the_area(monkeypatch):
     """A window over 65,536 tokens: no tensor comes near T x S, and time is linear in T."""
     m = mask.causal() & mask.window(63)
@@ -268,6 +300,6 @@ def test_bad_packing():
     for cu, words in (([0, 5, 3, 9], "without falling"), ([0, 5], "rise from 0 to T=9")):
         with pytest.raises(ValueError, match=words):
             attention(q, k, v, mask.causal(), cu_seqlens=torch.tensor(cu, dtype=torch.int32))
+    cu = torch.tensor([0, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match="no offset"):
-        cu = torch.tensor([0, 9], dtype=torch.int32)
         attention(q, k, v, mask.causal(), cu_seqlens=cu, offset=1)

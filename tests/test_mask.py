@@ -1,11 +1,11 @@
 import time
 
-import masks
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import masks
 from subquad import mask
 
 BATCHED = torch.tensor([[0, 0, 1, 1, 1, -1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, 1, -1]])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -54,6 +54,11 @@ class Mask:
     def key_range(self, first: int, last: int, S: int) -> tuple[int, int]:
         """Keys ``[a, b)`` outside which no query at positions first..last sees anything."""
         return 0, S
+
+    def spec(self) -> Any:
+        """The mask as nested tuples of constants, which a compiler can follow (see `from_spec`);
+        itself where it holds data."""
+        return self
 
     def dense(
         self, T: int, S: int, offset: int | None = None, device: torch.device | str | None = None
@@ -107,9 +112,7 @@ class Mask:
         return And((self, other))
 
     def __or__(self, other: Mask) -> Mask:
-        if not isinstance(other, Mask):
-            return NotImplemented
-        return Or((self, other))
+        return Or((self, other)) if isinstance(other, Mask) else NotImplemented
 
     def __invert__(self) -> Mask:
         return self.part if isinstance(self, Not) else Not(self)
@@ -121,6 +124,9 @@ class Band(Mask):
 
     lo: int | None
     hi: int | None
+
+    def spec(self):
+        return "band", self.lo, self.hi
 
     def intersect(self, other: Band) -> Band:
         lows = [x for x in (self.lo, other.lo) if x is not None]
@@ -162,6 +168,9 @@ class First(Mask):
     queries: int | None
     keys: int | None
 
+    def spec(self):
+        return "first", self.queries, self.keys
+
     def at(self, p, j):
         keep = torch.ones_like(p + j, dtype=torch.bool)
         if self.queries is not None:
@@ -190,6 +199,9 @@ class Strided(Mask):
 
     stride: int
     width: int
+
+    def spec(self):
+        return "strided", self.stride, self.width
 
     def at(self, p, j):
         return (p - j) % self.stride < self.width
@@ -236,6 +248,10 @@ class Join(Mask):
                 planes = [m.planes for m in self.parts]
                 raise ValueError(f"joined masks must agree on batch and heads, got {planes}")
 
+    def _joined(self, name: str) -> Any:
+        specs = [part.spec() for part in self.parts]
+        return self if any(isinstance(spec, Mask) for spec in specs) else (name, *specs)
+
     def _signature(self, rect):
         """Each part's columns, blotted out where the part alone already decides."""
         columns = []
@@ -249,6 +265,9 @@ class Join(Mask):
 
 @dataclass(frozen=True)
 class And(Join):
+    def spec(self):
+        return self._joined("and")
+
     def at(self, p, j):
         return reduce(torch.logical_and, (part.at(p, j) for part in self.parts))
 
@@ -263,6 +282,9 @@ class And(Join):
 
 @dataclass(frozen=True)
 class Or(Join):
+    def spec(self):
+        return self._joined("or")
+
     def at(self, p, j):
         return reduce(torch.logical_or, (part.at(p, j) for part in self.parts))
 
@@ -279,6 +301,10 @@ class Or(Join):
 @dataclass(frozen=True)
 class Not(Mask):
     part: Mask
+
+    def spec(self):
+        spec = self.part.spec()
+        return self if isinstance(spec, Mask) else ("not", spec)
 
     @property
     def planes(self):
@@ -299,3 +325,16 @@ class Not(Mask):
 
     def _signature(self, rect):
         return self.part._signature(rect)
+
+
+def from_spec(spec: Any) -> Mask:
+    """The mask whose ``spec()`` this is."""
+    if isinstance(spec, Mask):
+        return spec
+    name, *rest = spec
+    if name in ("and", "or"):
+        parts = tuple(from_spec(part) for part in rest)
+        return And(parts) if name == "and" else Or(parts)
+    if name == "not":
+        return Not(from_spec(rest[0]))
+    return {"band": Band, "first": First, "strided": Strided}[name](*rest)

@@ -195,7 +195,7 @@ def _range_tables(ids: Table) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=16)
 def _block_map(index: Table, device: torch.device) -> tuple[Tensor, Tensor]:
     blocks = index.on(device).long()
-    columns = int(blocks.max()) + 1 if blocks.numel() else 0
+    columns = max(int(blocks.max()), 0) + 1 if blocks.numel() else 1
     kept = torch.zeros(blocks.shape[0], columns + 1, dtype=torch.bool, device=device)
     kept.scatter_(1, torch.where(blocks < 0, columns, blocks), True)
     kept = kept[:, :columns]

@@ -31,7 +31,7 @@ def _sdpa(request: Request) -> tuple[bool, str]:
         return False, "no key to see"
     if "mask:none" in request.traits:
         return True, "everything is visible"
-    if "mask:causal" in request.traits:
+    if {"mask:causal", "square"} <= request.traits:
         return True, "dense causal"
     return False, "a sparse mask would be a dense tensor to it"
 
@@ -45,6 +45,12 @@ BACKENDS = (
     Backend("torch", _torch, "subquad.ops.attention.torch:attention"),
     Backend("reference", _torch, "subquad.ops.attention.reference:attention"),
 )
+
+
+def _kind(mask: Mask | None) -> str:
+    if mask is None or mask == masks.full():
+        return "none"
+    return "causal" if mask == masks.causal() else "sparse"
 
 
 def request(
@@ -66,13 +72,12 @@ def request(
     """Attention's :class:`~subquad.ops.backend.Request` for a shape and a mask."""
     S = T if S is None else S
     traits = {name for name, on in {"grad": grad, "lse": lse}.items() if on}
-    dense = mask is None or (mask == masks.causal() and offset in (None, S - T) and T == 1)
-    if dense:
-        traits.add("mask:none")
-    elif mask == masks.causal():
-        traits.add("mask:causal" if T == S and offset in (None, 0) else "mask:causal+offset")
-    else:
-        traits.add("mask:sparse")
+    square = T == S and offset in (None, 0)
+    last = T == 1 and offset in (None, S - 1)
+    kind = _kind(mask)
+    traits.add("mask:none" if kind == "causal" and last else f"mask:{kind}")
+    if square:
+        traits.add("square")
     sizes = {"B": B, "T": T, "S": S, "H": H, "G": G or H, "K": K, "V": V or K}
     return Request(device, dtype, sizes, frozenset(traits))
 

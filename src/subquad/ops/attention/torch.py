@@ -15,10 +15,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from subquad import mask as masks
 from subquad.mask import Mask
+from subquad.ops.attention.node import run
 from subquad.ops.attention.plan import Batch, Plan, plan
 
 FEW = 8  # up to this many queries (decode) need no tiles
@@ -31,7 +31,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     if q.shape[1] <= FEW or k.shape[1] == 0:
         return few(q, k, v, mask, scale, offset)
-    return _Attention.apply(q, k, v, mask or masks.full(), scale, offset)
+    return run(__name__, q, k, v, mask or masks.full(), scale, offset)
 
 
 def few(
@@ -73,38 +73,38 @@ def _softmax_times(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return (weights @ v) / safe, lse
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, mask, scale, offset):
-        walk = plan(mask, q.shape[0], q.shape[1], k.shape[1], offset)
-        o = v.new_zeros(*q.shape[:3], v.shape[3])
-        lse = q.new_full(q.shape[:3], -torch.inf, dtype=_accumulator(q.dtype))
-        for heads, keys, batches in walk.head_groups(q.shape[2], k.shape[2]):
-            own = (_pick(q, heads), _pick(k, keys), _pick(v, keys))
-            o[:, :, heads], lse[:, :, heads] = _forward(*own, walk, batches, scale)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.walk, ctx.scale = walk, scale
-        return o, lse
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, offset: int
+) -> tuple[Tensor, Tensor]:
+    walk = plan(mask, q.shape[0], q.shape[1], k.shape[1], offset)
+    o = v.new_zeros(*q.shape[:3], v.shape[3])
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=_accumulator(q.dtype))
+    for heads, keys, batches in walk.head_groups(q.shape[2], k.shape[2]):
+        own = _pick(q, heads), _pick(k, keys), _pick(v, keys)
+        o[:, :, heads], lse[:, :, heads] = _forward(*own, walk, batches, scale)
+    return o, lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dlse):
-        q, k, v, o, lse = ctx.saved_tensors
-        dtype = lse.dtype
-        unseen = lse == -torch.inf
-        # A row without keys: exp(s - inf) = 0, and nothing that comes back may touch that.
-        dlse = dlse.to(dtype).masked_fill(unseen, 0)
-        lse = lse.masked_fill(unseen, torch.inf)
-        delta = (do.to(dtype) * o.to(dtype)).sum(-1) - dlse
-        dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-        for heads, keys, batches in ctx.walk.head_groups(q.shape[2], k.shape[2]):
-            by_query = [_pick(x, heads) for x in (q, do, lse, delta)]
-            by_key = [_pick(x, keys) for x in (k, v)]
-            got = _backward(by_query, by_key, ctx.walk, batches, ctx.scale)
-            dq[:, :, heads] = got[0]
-            dk.index_add_(2, keys, got[1]) if isinstance(keys, Tensor) else dk.add_(got[1])
-            dv.index_add_(2, keys, got[2]) if isinstance(keys, Tensor) else dv.add_(got[2])
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+def backward(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    mask: Mask, scale: float, offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    walk = plan(mask, q.shape[0], q.shape[1], k.shape[1], offset)
+    dtype = lse.dtype
+    unseen = lse == -torch.inf
+    # A row without keys: exp(s - inf) = 0, and nothing that comes back may touch that.
+    dlse = dlse.to(dtype).masked_fill(unseen, 0)
+    lse = lse.masked_fill(unseen, torch.inf)
+    delta = (do.to(dtype) * o.to(dtype)).sum(-1) - dlse
+    dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
+    for heads, keys, batches in walk.head_groups(q.shape[2], k.shape[2]):
+        by_query = [_pick(x, heads) for x in (q, do, lse, delta)]
+        by_key = [_pick(x, keys) for x in (k, v)]
+        got = _backward(by_query, by_key, walk, batches, scale)
+        dq[:, :, heads] = got[0]
+        dk.index_add_(2, keys, got[1]) if isinstance(keys, Tensor) else dk.add_(got[1])
+        dv.index_add_(2, keys, got[2]) if isinstance(keys, Tensor) else dv.add_(got[2])
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _forward(
