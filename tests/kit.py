@@ -217,6 +217,18 @@ def check_half_precision(row: Row) -> None:
     assert (got.float() - want).norm() < 0.05 * want.norm()
 
 
+def check_autocast(row: Row) -> None:
+    """Under autocast, as mixed precision trains: close to float32, weights and states wide."""
+    mixer, x = row.build(torch.float32), row.x(dtype=torch.float32)
+    want = mixer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        got, state = mixer(x)
+        mixer(x[:, :1], state=state)
+    assert (got.float() - want).norm() < 0.05 * want.norm()
+    got.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in mixer.parameters())
+
+
 def check_select(row: Row) -> None:
     """Beam search: rows of the state reordered = rows of the input reordered."""
     mixer, x = row.build(), row.x(B=3, T=7)

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -131,6 +131,13 @@ def choose(
             return b
     why = "; ".join(f"{b.name}: {b.verify(request)[1]}" for b in backends)
     raise ValueError(f"no implementation of {op} takes this request ({why})")
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A block in which an operation keeps its own precision where the caller's is automatic."""
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 # The operations that explain() knows: their packages export BACKENDS and request(**shape).

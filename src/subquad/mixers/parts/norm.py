@@ -21,8 +21,9 @@ def sum_norm(x: Tensor) -> Tensor:
 
     Meant for positive feature maps: a sum that can vanish gives no useful norm.
     """
-    total = x.sum(-1, keepdim=True)
-    return x / (total + (total == 0))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = wide.sum(-1, keepdim=True)
+    return (wide / (total + (total == 0))).to(x.dtype)
 
 
 class GatedRMSNorm(nn.Module):

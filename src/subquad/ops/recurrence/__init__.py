@@ -17,7 +17,7 @@ from torch import Tensor, float32, is_grad_enabled
 from torch import dtype as Dtype
 
 from subquad.ops import checks
-from subquad.ops.backend import Backend, Request, choose
+from subquad.ops.backend import Backend, Request, choose, without_autocast
 from subquad.ops.recurrence.linear import linear_attention
 
 __all__ = ["BACKENDS", "linear_attention", "recurrence", "request"]
@@ -127,14 +127,15 @@ def recurrence(
         B=B, T=T, H=H, K=K, V=v.shape[3], device=q.device.type, dtype=q.dtype, form=form, **traits
     )
     run = choose("recurrence", BACKENDS, asked, backend).load()
-    return run(
-        q,
-        k,
-        v,
-        decay=decay,
-        beta=beta,
-        scale=K**-0.5 if scale is None else scale,
-        state=state,
-        cu_seqlens=cu_seqlens,
-        form=form,
-    )
+    with without_autocast(q.device.type):
+        return run(
+            q,
+            k,
+            v,
+            decay=decay,
+            beta=beta,
+            scale=K**-0.5 if scale is None else scale,
+            state=state,
+            cu_seqlens=cu_seqlens,
+            form=form,
+        )

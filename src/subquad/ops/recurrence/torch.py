@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subquad.ops.backend import without_autocast
 from subquad.ops.layout import expand_heads
 from subquad.ops.recurrence import chunk, reference
 from subquad.ops.recurrence.plan import chunk_count
@@ -116,7 +117,8 @@ def chunked_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, decay, beta, state; empty for an absent decay or beta."""
     do = torch.zeros_like(v) if do is None else do
-    grads = chunk.backward(do, dlast, q, k, v, decay, beta, scale, cu_seqlens, states)
+    with without_autocast(v.device.type):
+        grads = chunk.backward(do, dlast, q, k, v, decay, beta, scale, cu_seqlens, states)
     dq, dk, dv, ddecay, dbeta, dstate = (q.new_empty(0) if g is None else g for g in grads)
     return dq, dk, dv, ddecay, dbeta, dstate
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.backend import Backend, Request, choose
+from subquad.ops.backend import Backend, Request, choose, without_autocast
 
 __all__ = ["BACKENDS", "request", "scan"]
 
@@ -81,4 +81,6 @@ def scan(
         checks.shape("state", state, (N, D))
     traits: dict[str, Any] = {"packed": cu_seqlens is not None, "state": state is not None}
     asked = request(B=B, T=T, D=D, device=x.device.type, dtype=x.dtype, **traits)
-    return choose("scan", BACKENDS, asked, backend).load()(x, decay, state, cu_seqlens)
+    run = choose("scan", BACKENDS, asked, backend).load()
+    with without_autocast(x.device.type):
+        return run(x, decay, state, cu_seqlens)
