@@ -42,6 +42,12 @@ class Block(GradientCheckpointingLayer):
         if config.inner_dim:
             self.mlp_norm = RMSNorm(config.dim, eps=config.norm_eps)
             self.mlp = SwiGLU(config.dim, config.inner_dim)
+        for projection in (
+            getattr(self.mixer, "o_proj", None),
+            getattr(self.mlp, "down_proj", None),
+        ):
+            if projection is not None:
+                projection.writes_residual = True
 
     def forward(self, h: Tensor, state: State | None = None, **places: Any) -> tuple[Tensor, State]:
         y, state = self.mixer(normed(self.mixer_norm, h), state=state, **places)
@@ -49,11 +55,6 @@ class Block(GradientCheckpointingLayer):
         if self.mlp is not None:
             h = h + self.mlp(normed(self.mlp_norm, h))
         return h, state
-
-    def residual_weights(self) -> list[Tensor]:
-        """The weights of the projections that write to the residual stream."""
-        projections = [getattr(self.mixer, "o_proj", None), getattr(self.mlp, "down_proj", None)]
-        return [p.weight for p in projections if isinstance(p, nn.Linear)]
 
 
 def normed(norm: RMSNorm, h: Tensor) -> Tensor:

@@ -182,6 +182,8 @@ class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, init_std) for what torch drew; what a mixer drew by its own rule stays."""
         std = self.config.init_std
+        if self.config.scale_residual_init and hasattr(module, "writes_residual"):
+            std /= math.sqrt(2 * self.config.depth)
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std)
         elif isinstance(module, nn.Linear):
@@ -190,9 +192,6 @@ class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
                 init.normal_(module.weight, std=std)
             if module.bias is not None and module.bias._version == fresh.bias._version:
                 init.zeros_(module.bias)
-        elif isinstance(module, Block) and self.config.scale_residual_init:
-            for weight in module.residual_weights():
-                init.normal_(weight, std=std / math.sqrt(2 * self.config.depth))
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
@@ -201,7 +200,9 @@ class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
         if asked not in (None, "dynamic"):
             raise ValueError(f"cache_implementation must be None (a StateCache), got {asked!r}")
         if model_kwargs.get("past_key_values") is not None:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, *args
+            )
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = StateCache()
 

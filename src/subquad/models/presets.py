@@ -56,18 +56,34 @@ def hybrid(
     return CausalLMConfig(layers=layers, mixers=mixers, **config)
 
 
-def kimi_linear(**config: Any) -> CausalLMConfig:
+def kimi_linear(*, heads: int = 4, head_dim: int | None = None, **config: Any) -> CausalLMConfig:
     """Three Kimi Delta Attention layers, then one latent attention without positions (MLA, NoPE).
 
     The last layer is an MLA whatever the depth, as in the published 27-layer model. Source: Kimi
     Team, "Kimi Linear: An Expressive, Efficient Attention Architecture", arXiv 2510.26692,
     section 4. Its mixture of experts is a dense SwiGLU here.
+
+    Args:
+        heads: of both kinds of layer.
+        head_dim: K = V of both kinds, 128 as published; ``dim / heads`` where None. The MLA's
+            latent is four times as wide and its shared part half as wide, as published.
+        **config: of :class:`CausalLMConfig`.
     """
     depth = config.get("depth", CausalLMConfig.depth)
+    dim = config.get("dim", CausalLMConfig.dim)
+    checks.positive("depth", depth)
+    if head_dim is None:
+        checks.divides("heads", heads, "dim", dim)
+        head_dim = dim // heads
     layers = ["mla" if l % 4 == 3 or l == depth - 1 else "kimi_linear" for l in range(depth)]
     if depth % 4 == 0:
         layers = layers[:4]
-    mixers = _merged({"mla": {"rope": False}}, config.pop("mixers", {}))
+    sizes = {"latent_dim": 4 * head_dim, "nope_dim": head_dim, "value_dim": head_dim}
+    defaults: dict[str, dict[str, Any]] = {
+        "kimi_linear": {"heads": heads, "head_dim": head_dim},
+        "mla": {"heads": heads, **sizes, "rope_dim": max(1, head_dim // 2), "rope_theta": None},
+    }
+    mixers = _merged({alias: defaults[alias] for alias in layers}, config.pop("mixers", {}))
     return CausalLMConfig(layers=_pattern(layers), mixers=mixers, **config)
 
 
