@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -136,7 +137,7 @@ def check_packed(row: Row) -> None:
     more = row.x(B=1, T=8)
     y2, _ = mixer(more, state=state, cu_seqlens=torch.tensor([0, 2, 4, 6, 8], dtype=torch.int32))
     bounds = cu.tolist()
-    for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (a, b) in enumerate(pairwise(bounds)):
         past = None
         if b > a:
             alone, past = mixer(x[:, a:b])

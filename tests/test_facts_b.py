@@ -401,6 +401,7 @@ def split_conv(weights, widths):
         ("gla", {"dim": 16, "clamp_min": 0.5}, "clamp_min must be negative or None"),
         ("hgrn", {"dim": 16, "variant": "reel"}, "did you mean 'real'"),
         ("hgrn", {"dim": 16, "layer": 2, "layers": 2}, "layer must lie in"),
+        ("hgrn", {"dim": 16, "bounds": 0.5}, "bounds must be LowerBounds, a Tensor or None"),
         ("hgrn2", {"dim": 16, "heads": 3}, "heads must divide dim=16, got 3"),
         ("hgrn2", {"dim": 16, "heads": 4, "expand_ratio": 8}, "expand_ratio must be dim / heads"),
         ("mamba2", {"dim": 16, "heads": 4, "groups": 3}, "groups must divide heads=4, got 3"),

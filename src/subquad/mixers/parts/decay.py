@@ -90,9 +90,11 @@ class LayerBound(nn.Module):
         if isinstance(bounds, Tensor):
             checks.shape("bounds", bounds, (width,))
             fixed = bounds
-        elif bounds is not None:
+        elif isinstance(bounds, LowerBounds):
             checks.shape("bounds", bounds.weight, (layers, width))
             shared = bounds if layer else None
+        elif bounds is not None:
+            raise ValueError(f"bounds must be LowerBounds, a Tensor or None, got {bounds!r}")
         elif layer:
             own = LowerBounds(layers, width)
         self.register_buffer("fixed", fixed, persistent=False)
