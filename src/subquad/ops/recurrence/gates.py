@@ -9,7 +9,7 @@ gates, both at most 1. Both are built by doubling, by multiplication, so nothing
 cancels (a gate of 0 is allowed), and each level is one batched matrix product.
 
 Rows come in kinds, one below the other: the queries, which see j <= i, and for the delta rule the
-keys times beta, which see j < i.
+keys times -beta, which see j < i.
 
 Legend: X chunks times heads, c chunk length (a power of 2), r kinds of rows, K key dim, D gates a
 token (1 a head, K a channel).
@@ -52,40 +52,25 @@ def levels(fore: Tensor, back: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
 
 
 def unit_inverse(N: Tensor) -> Tensor:
-    """``(I + N)^-1`` of strictly lower triangular ``N [X,c,c]``, by doubling: the inverse of a
-    block of 2h has ``-B^-1 N A^-1`` below the inverses of its halves, A and B."""
-    X, c, _ = N.shape
-    N = N.unsqueeze(1)
-    out = torch.zeros_like(N)
-    out.diagonal(dim1=2, dim2=3).fill_(1)
-    h = 1
-    while h < c:
-        corner = blocks(N, h).reshape(-1, h, h)
-        if h > 1:
-            n = c // h
-            inner = out.view(X, n, h, n, h).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-            inner = inner.reshape(-1, 2, h, h)
-            corner = inner[:, 1] @ corner @ inner[:, 0]
-        blocks(out, h).copy_(corner.view(X, -1, 1, h, h).neg_())
-        h *= 2
-    return out.squeeze(1)
+    """``(I - N)^-1`` of strictly lower triangular ``N [X,c,c]``."""
+    one = torch.eye(N.shape[1], dtype=N.dtype, device=N.device).expand_as(N)
+    return torch.linalg.solve_triangular(-N, one, upper=False, left=False, unitriangular=True)
 
 
 class Plain:
     """No gate. ``rows [X,r c,K]``, ``k [X,c,K]``.
 
     Attributes:
-        start, end: gates from the chunk's start to each token, and from each token to its end,
-            ``[X,c,D]``; None without a gate.
-        whole: the gates of the whole chunk, ``[X,D,1]``.
+        reads: the rows gated from the chunk's start: what they read from the state before it.
+        writes: the keys gated to the chunk's end: where they write to the state after it.
+        whole: the gates of the whole chunk, ``[X,D,1]``; None without a gate.
     """
 
-    start: Tensor | None = None
-    end: Tensor | None = None
     whole: Tensor | None = None
 
     def __init__(self, rows: Tensor, k: Tensor) -> None:
-        self.rows, self.k = rows, k
+        self.rows = self.reads = rows
+        self.k = self.writes = k
         self.c = k.shape[1]
         self.kinds = rows.shape[1] // self.c
 
@@ -93,100 +78,126 @@ class Plain:
         """``A [X,r c,c]``, zero where a row does not see."""
         return torch.bmm(self.rows, self.k.mT).mul_(self._seen())
 
-    def gradients(self, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of rows, k and b by way of the pairs; dA is spent."""
+    def gradients(
+        self, A: Tensor, dA: Tensor, dreads: Tensor, dwrites: Tensor, S: Tensor, dS: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of rows, k and the decay; S is the state before the chunk, dS the gradient of
+        the one after it. All that starts with d but dS is spent."""
         dA.mul_(self._seen())
-        return torch.bmm(dA, self.k), torch.bmm(dA.mT, self.rows), None
+        return dreads.baddbmm_(dA, self.k), dwrites.baddbmm_(dA.mT, self.rows), None
 
     def _seen(self) -> Tensor:
         ones = self.k.new_ones(self.c, self.c)
         return torch.cat([ones.tril(-kind) for kind in range(self.kinds)])
 
 
-class Head(Plain):
-    """One gate a head: ``decay [X,c,1]``."""
+class Gated(Plain):
+    """What the gates a head and a channel share; ``decay [X,c,D]``."""
 
     def __init__(self, rows: Tensor, k: Tensor, decay: Tensor) -> None:
         super().__init__(rows, k)
         self.start, self.end = decay.exp(), torch.ones_like(decay)
-        weights = decay.new_zeros(len(k), 1, self.c, self.c)
+        self._build()
+        self.reads = (self._apart(rows) * self.start[:, None]).view_as(rows)
+        self.writes = k * self.end
+        self.whole: Tensor = self.start[:, -1:].mT
+
+    def gradients(self, A, dA, dreads, dwrites, S, dS):
+        drows, dk, db = self._pair_gradients(A, dA)
+        # b_i gates what i reads from S, exp(b_c - b_i) what it writes, exp(b_c) S itself.
+        db.add_(self._apart(dreads * self.reads).sum(1).sum_to_size(db.shape))
+        writes = (dwrites * self.writes).sum_to_size(db.shape)
+        whole = (S * dS).sum(2, keepdim=True).sum_to_size(self.whole.shape) * self.whole
+        db.sub_(writes)[:, -1:].add_(writes.sum(1, keepdim=True)).add_(whole.mT)
+        self._apart(drows).addcmul_(self._apart(dreads), self.start[:, None])
+        dk.addcmul_(dwrites, self.end)
+        return drows, dk, db.flip(1).cumsum(1).flip(1)
+
+    def _apart(self, rows: Tensor) -> Tensor:
+        """``[X,r c,K]`` as ``[X,r,c,K]``."""
+        return rows.view(-1, self.kinds, self.c, rows.shape[2])
+
+    def _build(self) -> None:
+        """Make the start and the end of the whole chunk by doubling."""
+        raise NotImplementedError
+
+    def _pair_gradients(self, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of rows, k and b by way of the pairs."""
+        raise NotImplementedError
+
+
+class Head(Gated):
+    """One gate a head, ``decay [X,c,1]``: the pairs are weighed, after their product."""
+
+    def _build(self) -> None:
+        weights = self.k.new_zeros(len(self.k), 1, self.c, self.c)
         weights.diagonal(dim1=2, dim2=3).fill_(1)
         for h, fore, back in levels(self.start, self.end):
             torch.mul(fore, back.mT, out=blocks(weights, h)[:, :, 0])
         self.weights = weights
-        self.whole = self.start[:, -1:].mT
 
     def pairs(self) -> Tensor:
-        A = torch.bmm(self.rows, self.k.mT)
-        self._weigh(A)
-        return A
+        return self._weigh(torch.bmm(self.rows, self.k.mT))
 
-    def gradients(self, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _pair_gradients(self, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # A pair's b_i - b_j gets dA A; on the diagonal it is 0, whatever the rounding.
         flow = A * dA
         flow[:, : self.c].diagonal(dim1=1, dim2=2).zero_()
-        db = flow.sum(2).view(-1, self.kinds, self.c).sum(1).sub_(flow.sum(1))
+        db = self._apart(flow).sum((1, 3)).sub_(flow.sum(1))[..., None]
         self._weigh(dA)
-        return torch.bmm(dA, self.k), torch.bmm(dA.mT, self.rows), db[..., None]
+        return torch.bmm(dA, self.k), torch.bmm(dA.mT, self.rows), db
 
-    def _weigh(self, A: Tensor) -> None:
-        A.view(-1, self.kinds, self.c, self.c).mul_(self.weights)
+    def _weigh(self, A: Tensor) -> Tensor:
+        self._apart(A).mul_(self.weights)
         A[:, self.c :].diagonal(dim1=1, dim2=2).zero_()
+        return A
 
 
-class Channel(Plain):
-    """One gate a key channel: ``decay [X,c,K]``.
+class Channel(Gated):
+    """One gate a key channel, ``decay [X,c,K]``: rows and keys are gated before their product."""
 
-    Attributes:
-        levels: for each half length h the rows of the right halves ``[X c/2h,r h,K]`` and the
-            columns of the left halves ``[X c/2h,h,K]``, gated to the middle, and those gates.
-    """
-
-    def __init__(self, rows: Tensor, k: Tensor, decay: Tensor) -> None:
-        super().__init__(rows, k)
-        X, c, K = k.shape
-        kinds = rows.view(X, self.kinds, c, K)
-        self.start, self.end = decay.exp(), torch.ones_like(decay)
+    def _build(self) -> None:
+        """Keep for each half length h the rows of the right halves ``[X c/2h,r h,K]`` and the
+        keys of the left halves ``[X c/2h,h,K]``, gated to the middle, and those gates."""
+        K = self.k.shape[2]
         self.levels = []
         for h, fore, back in levels(self.start, self.end):
-            right = kinds.view(X, self.kinds, -1, 2, h, K)[:, :, :, 1].transpose(1, 2)
+            right = self._rights(self.rows, h)
             row = torch.mul(right, fore.unsqueeze(2), out=right.new_empty(right.shape))
-            column = (halves(k, h)[0] * back).view(-1, h, K)
-            self.levels.append(
-                (h, row.view(-1, self.kinds * h, K), column, fore.clone(), back.clone())
-            )
-        self.whole = self.start[:, -1:].mT
+            key = (halves(self.k, h)[0] * back).view(-1, h, K)
+            kept = (row.view(-1, self.kinds * h, K), key, fore.clone(), back.clone())
+            self.levels.append((h, *kept))
+
+    def _rights(self, rows: Tensor, h: int) -> Tensor:
+        """The right halves of blocks of 2h: a view ``[X,c/2h,r,h,K]``."""
+        K = self.k.shape[2]
+        return rows.view(-1, self.kinds, self.c // (2 * h), 2, h, K)[:, :, :, 1].transpose(1, 2)
 
     def pairs(self) -> Tensor:
-        X, c, _ = self.k.shape
-        A = self.k.new_zeros(X, self.kinds, c, c)
-        A[:, 0].diagonal(dim1=1, dim2=2).copy_((self.rows[:, :c] * self.k).sum(-1))
-        for h, row, column, _, _ in self.levels:
-            blocks(A, h).copy_(torch.bmm(row, column.mT).view(X, -1, self.kinds, h, h))
-        return A.view(X, -1, c)
+        A = self.k.new_zeros(len(self.k), self.kinds, self.c, self.c)
+        A[:, 0].diagonal(dim1=1, dim2=2).copy_((self.rows[:, : self.c] * self.k).sum(-1))
+        for h, row, key, _, _ in self.levels:
+            corner = blocks(A, h)
+            corner.copy_(torch.bmm(row, key.mT).view(corner.shape))
+        return A.view(-1, self.kinds * self.c, self.c)
 
-    def gradients(self, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        X, c, K = self.k.shape
-        dA = dA.view(X, self.kinds, c, c)
-        drows = self.rows.new_zeros(X, self.kinds, c, K)
-        dk = torch.zeros_like(self.k)
-        for h, row, column, fore, back in self.levels:
+    def _pair_gradients(self, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dA = self._apart(dA)
+        drows, dk = torch.zeros_like(self.rows), torch.zeros_like(self.k)
+        for h, row, key, fore, back in self.levels:
             corner = blocks(dA, h).reshape(-1, self.kinds * h, h)
-            right = torch.bmm(corner, column).view(X, -1, self.kinds, h, K)
-            at = drows.view(X, self.kinds, -1, 2, h, K)[:, :, :, 1].transpose(1, 2)
-            at.addcmul_(right, fore.unsqueeze(2))
-            left = torch.bmm(corner.mT, row).view(X, -1, h, K)
-            halves(dk, h)[0].addcmul_(left, back)
-        drows = drows.view(X, -1, K)
+            right, left = self._rights(drows, h), halves(dk, h)[0]
+            right.addcmul_(torch.bmm(corner, key).view(right.shape), fore.unsqueeze(2))
+            left.addcmul_(torch.bmm(corner.mT, row).view(left.shape), back)
         # The diagonal has no gate: it must not enter b, where it would only add rounding.
-        db = (self.rows * drows).view(X, self.kinds, c, K).sum(1).sub_(self.k * dk)
+        db = self._apart(self.rows * drows).sum(1).sub_(self.k * dk)
         diagonal = dA[:, 0].diagonal(dim1=1, dim2=2)[..., None]
-        drows[:, :c].addcmul_(diagonal, self.k)
-        dk.addcmul_(diagonal, self.rows[:, :c])
-        return drows, dk, db
+        drows[:, : self.c].addcmul_(diagonal, self.k)
+        return drows, dk.addcmul_(diagonal, self.rows[:, : self.c]), db
 
 
 def gate_of(rows: Tensor, k: Tensor, decay: Tensor | None) -> Plain:
+    """The gate that fits ``decay [X,c,D]``."""
     if decay is None:
         return Plain(rows, k)
     return Head(rows, k, decay) if decay.shape[2] == 1 else Channel(rows, k, decay)

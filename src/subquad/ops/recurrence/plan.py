@@ -12,26 +12,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-CHUNK = 64
-SLAB = 2**19  # elements of one chunked tensor; measured in benchmarks/cpu.py
+SLAB = 2**18  # elements of one chunked tensor of a slab
 
 
-def chunk_length(tokens: int, sequences: int) -> int:
-    """Tokens a chunk: 64, or less where the sequences are shorter on average."""
-    if tokens > 32 * sequences:
-        return CHUNK
-    return 32 if tokens > 16 * sequences else 16
+def chunk_length(T: int, sequences: int | None, width: int) -> int:
+    """Tokens a chunk, a power of 2: 64 or, for heads of at most 64, 32 (a chunk costs c^2 a token,
+    a state K V); no more than the sequences have on average."""
+    mean = T if sequences is None else T // max(sequences, 1)
+    if mean > 32 and width > 64:
+        return 64
+    return 32 if mean > 16 else 16
 
 
-def chunk_count(B: int, T: int, sequences: int | None) -> int:
-    """Chunks of B sequences of T tokens, or at most of T tokens packed as ``sequences``."""
-    if sequences is None:
-        return B * -(-T // chunk_length(T, 1))
-    return T // chunk_length(T, sequences) + sequences
+def chunk_count(B: int, T: int, sequences: int | None, width: int) -> int:
+    """Chunks of B sequences of T tokens, or the most that T tokens packed as sequences have."""
+    c = chunk_length(T, sequences, width)
+    return B * -(-T // c) if sequences is None else T // c + sequences
 
 
 @dataclass(frozen=True)
@@ -39,99 +40,112 @@ class Slab:
     """Some consecutive steps.
 
     Attributes:
-        where: int64 ``[X * c]``, the row of ``[B*T*H, ...]`` that each place holds.
-        live: bool ``[X, c]``, False past the end of a sequence; None where all are live.
-        steps: the slice of the slab's X chunks that each step holds.
-        span: the slice of all chunks that the slab holds.
+        steps: how many chunks times heads each step holds; their sum is X.
+        span: the slice of all chunks times heads that the slab holds.
         chunk: c.
+        tokens: the slice of tokens, where all sequences have all of them; else
+        where: int64 ``[X c]``, the row of ``[B T H, ...]`` that each place holds, and
+        dead: bool ``[X,c,1]``, True past the end of a sequence.
     """
 
-    where: Tensor
-    live: Tensor | None
-    steps: list[slice]
+    steps: list[int]
     span: slice
     chunk: int
+    tokens: slice | None = None
+    where: Tensor | None = None
+    dead: Tensor | None = None
 
     def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x [B,T,H(,D)]`` as ``[X,c,D]`` (D = 1 where x has none); zero past the ends."""
+        """``x [B,T,H(,D)]`` as ``[X,c,D]`` (D = 1 where x has none), zero past the ends; it may
+        share the memory of x."""
+        x = x if x.dim() == 4 else x[..., None]
+        if self.tokens is not None:
+            return self._chunks(x).to(dtype).reshape(-1, self.chunk, x.shape[3])
+        assert self.where is not None
+        assert self.dead is not None
         rows = x.flatten(0, 2).index_select(0, self.where).to(dtype)
-        rows = rows.view(-1, self.chunk, x.shape[3] if x.dim() == 4 else 1)
-        return rows if self.live is None else rows.masked_fill_(~self.live[..., None], 0)
+        return rows.view(-1, self.chunk, x.shape[3]).masked_fill_(self.dead, 0)
 
     def put(self, x: Tensor, y: Tensor) -> None:
         """Write ``y [X,c,D]`` to its places in ``x [B,T,H(,D)]``."""
-        where, rows = self.where, y.reshape(-1, *x.shape[3:])
-        if self.live is not None:
-            live = self.live.flatten()
-            where, rows = where[live], rows[live]
-        x.view(-1, *x.shape[3:]).index_copy_(0, where, rows.to(x.dtype))
+        x = x if x.dim() == 4 else x[..., None]
+        if self.tokens is not None:
+            to = self._chunks(x)
+            to.copy_(y.reshape(to.shape))
+        elif self.where is not None and self.dead is not None:
+            live = ~self.dead.flatten()
+            rows = y.reshape(-1, x.shape[3])[live]
+            x.view(-1, x.shape[3]).index_copy_(0, self.where[live], rows.to(x.dtype))
+
+    def _chunks(self, x: Tensor) -> Tensor:
+        """The view ``[steps,B,H,c,D]``."""
+        return x[:, self.tokens].unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
 
 
 class Plan:
     """The chunks of B sequences of T tokens, or of the packed sequences that cu_seqlens bounds."""
 
     def __init__(self, B: int, T: int, H: int, width: int, cu: Tensor | None, device) -> None:
-        self.H = H
-        self.sequences = B if cu is None else cu.numel() - 1
-        self.chunk = chunk_length(T, 1 if cu is None else self.sequences)
-        self.device = device
+        self.N = B if cu is None else cu.numel() - 1
+        self.H, self.device = H, device
+        self.chunk = chunk_length(T, None if cu is None else self.N, width)
+        self.packed = cu is not None
         if cu is None:
-            lengths = torch.full((B,), T, dtype=torch.int64, device=device)
-            starts = torch.arange(B, device=device) * T
-            self.order = None
-            self.lengths, self.counts = [T] * B, [B] * -(-T // self.chunk)
+            self.starts = torch.arange(B, device=device) * T
+            lengths = torch.full_like(self.starts, T)
+            self.counts = [B] * -(-T // self.chunk)
+            self.whole = T // self.chunk
         else:
             cu = cu.to(device, torch.int64)
             lengths, self.order = cu.diff().sort(descending=True, stable=True)
-            starts = cu[:-1][self.order]
-            self.lengths = lengths.tolist()
-            steps = torch.arange(-(-self.lengths[0] // self.chunk), device=device)
+            self.starts = cu[:-1][self.order]
+            steps = torch.arange(-(-int(lengths[0]) // self.chunk), device=device)
             self.counts = (lengths > steps[:, None] * self.chunk).sum(1).tolist()
-        self.starts, self.ends = starts, starts + lengths
+            self.whole = 0
+        self.ends = self.starts + lengths
+        self.total = sum(self.counts)
+        self.capacity = chunk_count(B, T, None if cu is None else self.N, width)
         self.limit = max(1, SLAB // (self.chunk * width * H))
 
     def sort(self, state: Tensor) -> Tensor:
         """``[N,...]`` in the order in which the sequences are worked."""
-        return state if self.order is None else state.index_select(0, self.order)
+        return state if not self.packed else state.index_select(0, self.order)
 
     def unsort(self, state: Tensor) -> Tensor:
-        if self.order is None:
+        """The other way round."""
+        if not self.packed:
             return state
         return torch.empty_like(state).index_copy_(0, self.order, state)
 
     def slabs(self, reverse: bool = False) -> Iterator[Slab]:
         """The slabs in order, or in reverse order."""
-        bounds, total, first = [], 0, 0
+        bounds, first, total = [], 0, 0
         for step, count in enumerate(self.counts):
-            if step > first and total + count > self.limit:
+            if step > first and (total + count > self.limit or step == self.whole):
                 bounds.append((first, step))
                 first, total = step, 0
             total += count
         if self.counts:
             bounds.append((first, len(self.counts)))
-        before = [0]
-        for a, b in bounds:
-            before.append(before[-1] + sum(self.counts[a:b]))
+        before = [0, *accumulate(sum(self.counts[a:b]) for a, b in bounds)]
         indices = range(len(bounds))
         for i in reversed(indices) if reverse else indices:
             yield self._slab(*bounds[i], before[i])
 
     def _slab(self, first: int, last: int, before: int) -> Slab:
         c, H, counts = self.chunk, self.H, self.counts[first:last]
+        steps = [n * H for n in counts]
+        span = slice(before * H, before * H + sum(steps))
+        if last <= self.whole:
+            return Slab(steps, span, c, tokens=slice(first * c, last * c))
         sizes = torch.tensor(counts, device=self.device)
         step = torch.arange(last - first, device=self.device).repeat_interleave(sizes)
         sequence = torch.arange(len(step), device=self.device) - (sizes.cumsum(0) - sizes)[step]
         token = (self.starts[sequence] + (first + step) * c)[:, None]
         token = token + torch.arange(c, device=self.device)
-        live = None
-        if any(self.lengths[n - 1] < (first + s + 1) * c for s, n in enumerate(counts)):
-            live = token < self.ends[sequence, None]
-            token = token.where(live, 0)
-            live = live.repeat_interleave(H, 0)
+        dead = token >= self.ends[sequence, None]
         heads = torch.arange(H, device=self.device)[:, None]
-        steps, end = [], 0
-        for n in counts:
-            steps.append(slice(end, end + n * H))
-            end += n * H
-        span = slice(before * H, before * H + end)
-        return Slab((token[:, None] * H + heads).flatten(), live, steps, span, c)
+        where = token.masked_fill(dead, 0)[:, None] * H + heads
+        return Slab(
+            steps, span, c, where=where.flatten(), dead=dead.repeat_interleave(H, 0)[..., None]
+        )

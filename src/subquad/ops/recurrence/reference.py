@@ -7,6 +7,8 @@ both forms can be differentiated twice.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,21 +28,21 @@ def recurrence(
     form: str = "recurrent",
 ) -> tuple[Tensor, Tensor]:
     """ "parallel" forms the pairs; every other form goes token by token."""
-    run = parallel if form == "parallel" else recurrent
+    run: Callable[..., tuple[Tensor, Tensor]] = parallel if form == "parallel" else recurrent
     dtype = torch.promote_types(v.dtype, torch.float32)
     out = v.dtype
-    inputs = expand_heads(q, k, v, decay, beta)
-    q, k, v, decay, beta = (None if t is None else t.to(dtype) for t in inputs)
+    inputs = [None if t is None else t.to(dtype) for t in expand_heads(q, k, v, decay, beta)]
     if state is None:
+        H = max(t.shape[2] for t in inputs if t is not None)
         N = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
-        state = q.new_zeros(N, q.shape[2], q.shape[3], v.shape[3])
+        state = q.new_zeros(N, H, q.shape[3], v.shape[3])
     state = state.to(dtype)
     if cu_seqlens is None:
-        o, last = run(q, k, v, decay, beta, scale, state)
+        o, last = run(*inputs, scale, state)
         return o.to(out), last
     outs, lasts = [], []
     for n, rows in enumerate(segments(cu_seqlens)):
-        cut = (None if t is None else t[:, rows] for t in (q, k, v, decay, beta))
+        cut = [None if t is None else t[:, rows] for t in inputs]
         o, last = run(*cut, scale, state[n : n + 1])
         outs.append(o)
         lasts.append(last)

@@ -98,7 +98,7 @@ def _(q, k, v, decay, beta, scale, state, cu_seqlens, keep):
     V, N = v.shape[3], None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wide = torch.promote_types(v.dtype, torch.float32)
     last = v.new_empty(B if N is None else N, H, K, V, dtype=wide)
-    count = chunk_count(B, T, N) if keep else 0
+    count = chunk_count(B, T, N, max(K, V)) if keep else 0
     return v.new_empty(v.shape), last, v.new_empty(count * H, K, V, dtype=wide)
 
 
