@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicCache
 
 import subquad
-from kit import close
+from kit import close, poisoned
 from rows import ROWS
 from subquad.caches import StateCache
+from subquad.mixers.softmax import Softmax
 from subquad.models import CausalLM, CausalLMConfig, based, create_model, hybrid, kimi_linear
 from subquad.models import loss as losses
 
@@ -376,6 +377,8 @@ class TestConfig:
             ({"mixers": {"softmax": {}}}, "alias in mixers must be one of .*got 'softmax'"),
             ({"mixers": {"gated_deltanet": {"dim": 3}}}, "leave out dim"),
             ({"mixers": {"gated_deltanet": {"heads": {1}}}}, "JSON values.*set"),
+            ({"heads": 2}, "options go into mixers.*got 'heads'"),
+            ({"dephts": 2}, "did you mean 'depth'"),
             ({"dim": 0}, "dim must be a positive int, got 0"),
             ({"mlp_dim": -1}, "mlp_dim must be a non-negative int"),
         ],
@@ -400,6 +403,17 @@ class TestConfig:
         assert saved["layers"] == "gated_deltanet softmax"
         assert saved["mixers"]["softmax"] == {"heads": 2}
         assert CausalLMConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+    def test_transformers_arguments_are_known(self):
+        config = CausalLMConfig(
+            hidden_size=32,
+            attn_implementation="eager",
+            name_or_path="a",
+            max_length=9,
+            num_labels=3,
+        )
+        assert config.dim == 32
+        assert CausalLMConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
     def test_list_of_layers(self):
         config = CausalLMConfig(layers=["gla", "softmax*2"], depth=5)
@@ -621,6 +635,20 @@ class TestCheckpoints:
         assert caught.value.errno == errno.ENOSPC
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    def test_constants_come_back(self, tmp_path, monkeypatch):
+        """A mixer's buffers that no checkpoint holds have their values after loading."""
+
+        class Scaled(Softmax):
+            def __init__(self, **options):
+                super().__init__(**options)
+                self.register_buffer("factor", torch.full((3,), 2.0), persistent=False)
+
+        monkeypatch.setattr("subquad.mixers.softmax.Softmax", Scaled)
+        build(dtype=torch.float32).save_pretrained(tmp_path)
+        with poisoned():
+            loaded = CausalLM.from_pretrained(tmp_path)
+        assert loaded.layers[1].mixer.factor.tolist() == [2, 2, 2]
 
     def test_other_files_stay(self, tmp_path):
         (tmp_path / "tokenizer.json").write_text("{}")

@@ -10,6 +10,7 @@ from itertools import cycle, islice
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.configuration_utils import GenerationConfig
 
 from subquad import catalogue
 from subquad.ops import checks
@@ -37,6 +38,18 @@ def expand_pattern(layers: str | Sequence[str], depth: int) -> tuple[str, ...]:
     if not 1 <= len(group) <= depth:
         raise ValueError(f"layers must name 1..depth={depth} layers, got {len(group)}: {layers!r}")
     return tuple(islice(cycle(group), depth))
+
+
+def _known_to_transformers(name: str) -> bool:
+    """Whether every transformers config takes the argument."""
+    loading = ("attn_implementation", "experts_implementation", "quantization_config")
+    return (
+        name.startswith("_")
+        or name in loading
+        or name in CausalLMConfig.attribute_map
+        or name in GenerationConfig._get_default_generation_params()
+        or hasattr(PreTrainedConfig, name)
+    )
 
 
 class CausalLMConfig(PreTrainedConfig):
@@ -92,6 +105,10 @@ class CausalLMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:
+            if not _known_to_transformers(name):
+                said = "an argument of CausalLMConfig (a mixer's options go into mixers[alias])"
+                checks.one_of(said, name, CausalLMConfig.__annotations__)
         for name in ("vocab_size", "dim", "depth"):
             checks.positive(name, getattr(self, name))
         if self.mlp_dim is not None:
