@@ -16,6 +16,15 @@ def dense(meaning: Callable[[int, int], bool], T: int, S: int, offset: int) -> t
     return torch.tensor([[bool(meaning(i + offset, j)) for j in range(S)] for i in range(T)])
 
 
+def rising(count: int, shape: tuple[int, ...], g: torch.Generator | None = None) -> torch.Tensor:
+    """Random lists of up to ``shape[-1]`` of ``count`` numbers, rising, -1 at the end."""
+    drawn = torch.randint(0, count + 1, shape, generator=g).sort(-1)[0]
+    twice = torch.zeros_like(drawn, dtype=torch.bool)
+    twice[..., 1:] = drawn[..., 1:] == drawn[..., :-1]
+    drawn = drawn.masked_fill(twice, count).sort(-1)[0]
+    return torch.where(drawn == count, -1, drawn)
+
+
 def atoms(S: int) -> st.SearchStrategy[Pair]:
     """Masks of one plane over S keys, with queries at 0..S-1."""
     n = st.integers(0, S)
@@ -35,9 +44,21 @@ def atoms(S: int) -> st.SearchStrategy[Pair]:
     def blocks(size: int, rows: int, seed: int) -> Pair:
         g = torch.Generator().manual_seed(seed)
         count = -(-S // size)
-        index = torch.randint(-1, count, (-(-S // rows), 3), generator=g)
+        index = rising(count, (-(-S // rows), 3), g)
         kept = [set(r) for r in index.tolist()]
         return mask.blocks(index, size, rows), lambda p, j: j // size in kept[p // rows]
+
+    def spans(size: int, rows: int, seed: int) -> Pair:
+        g = torch.Generator().manual_seed(seed)
+        starts = size * rising(-(-S // size), (-(-S // rows), 2), g)
+        starts = torch.where((starts < 0) | (starts + seed % 3 >= S), -1, starts + seed % 3)
+        columns = rising(S, (-(-S // rows), 4), g)
+        runs = [[s for s in row if s >= 0] for row in starts.tolist()]
+        single = [set(row) for row in columns.tolist()]
+        return (
+            mask.spans(starts, columns, size, rows),
+            lambda p, j: j in single[p // rows] or any(s <= j < s + size for s in runs[p // rows]),
+        )
 
     return st.one_of(
         st.just((mask.causal(), lambda p, j: j <= p)),
@@ -55,6 +76,7 @@ def atoms(S: int) -> st.SearchStrategy[Pair]:
         st.builds(documents, st.lists(st.integers(-1, 2), min_size=S, max_size=S)),
         st.builds(packed, st.lists(n, max_size=3), size) if S else st.nothing(),
         st.builds(blocks, size, size, st.integers(0, 99)),
+        st.builds(spans, size, size, st.integers(0, 99)),
     )
 
 

@@ -66,8 +66,8 @@ MASKS = {
     "shuffled documents": mask.documents(IDS[:, torch.randperm(33)]),
     "packed": mask.packed(mask.causal() & mask.window(4) | mask.sinks(2), [0, 0, 5, 5, 20, 33]),
     "per head": mask.per_head([mask.documents(IDS), mask.window(3), mask.window(3), mask.causal()]),
-    "per group": mask.blocks(torch.randint(-1, 5, (2, 5, 2)), 8) & mask.causal(),
-    "per token": mask.blocks(torch.randint(-1, 9, (33, 3)), 4, rows=1),
+    "per group": mask.blocks(masks.rising(5, (2, 5, 2)), 8) & mask.causal(),
+    "per token": mask.blocks(masks.rising(9, (33, 3)), 4, rows=1),
 }
 
 

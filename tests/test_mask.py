@@ -70,8 +70,9 @@ def test_an_expression_means_what_it_says(data):
         mask.documents(BATCHED) | mask.sinks(1),
         mask.per_head([mask.causal(), mask.window(2), mask.causal(), ~mask.causal()]),
         mask.per_head([mask.documents(BATCHED), mask.window(2)]) & ~mask.sinks(1),
-        mask.blocks(torch.tensor([[[0, 2], [1, -1], [2, 2]], [[0, 1], [-1, -1], [0, 2]]]), 3),
-        mask.blocks(torch.randint(-1, 3, (2, 2, 9, 2)), 3, rows=1) & mask.causal(),
+        mask.blocks(torch.tensor([[[0, 2], [1, -1], [2, -1]], [[0, 1], [-1, -1], [0, 2]]]), 3),
+        mask.blocks(masks.rising(3, (2, 2, 9, 2)), 3, rows=1) & mask.causal(),
+        mask.spans(torch.tensor([[[0, 4], [1, -1], [5, 8]]] * 2), masks.rising(9, (2, 3, 2)), 3),
     ],
 )
 @pytest.mark.parametrize("block", [2, 4, 16])
@@ -134,6 +135,11 @@ def test_documents_far_apart_cost_nothing():
         (lambda: mask.packed(mask.causal(), [0, 4]).dense(5, 5), "end at 4"),
         (lambda: mask.blocks(torch.zeros(2, 2), 4), "index must be int"),
         (lambda: mask.blocks(torch.tensor([[-2]]), 4), "index must be >= -1"),
+        (lambda: mask.blocks(torch.tensor([[1, 0]]), 4), "must rise by 1"),
+        (lambda: mask.blocks(torch.tensor([[1, 1]]), 4), "must rise by 1"),
+        (lambda: mask.blocks(torch.tensor([[-1, 1]]), 4), "-1 at the end"),
+        (lambda: mask.spans(torch.tensor([[0, 3]]), torch.tensor([[9]]), 4), "must rise by 4"),
+        (lambda: mask.spans(torch.tensor([[0]]), torch.tensor([[1], [2]]), 4), "columns must be"),
         (lambda: mask.blocks(torch.tensor([[3], [3]]), 4).tiles(4, 8, 4), "-1..1 for S=8, got 3"),
         (lambda: mask.blocks(torch.tensor([[0]]), 4).tiles(8, 8, 4), "must have 2 rows"),
         (lambda: mask.per_head([]), "masks must be"),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from subquad.mask.algebra import Band, First, Mask, Strided
-from subquad.mask.data import Blocks, Documents, Packed, PerHead
+from subquad.mask.data import Blocks, Documents, Packed, PerHead, Spans
 from subquad.mask.table import Table, positive, readable
 from subquad.mask.tiles import Tiles
 
@@ -33,6 +33,7 @@ __all__ = [
     "per_head",
     "prefix",
     "sinks",
+    "spans",
     "strided",
     "window",
 ]
@@ -114,29 +115,67 @@ def packed(part: Mask | None, cu_seqlens: Tensor | Sequence[int]) -> Mask:
 def blocks(index: Tensor, size: int, rows: int | None = None) -> Mask:
     """Chosen key blocks: query block ``r = p // rows`` sees the key blocks ``index[..., r, :]``.
 
+    An index made on an accelerator stays there: nothing waits for it (and its values are checked
+    only with SUBQUAD_CHECK=1).
+
     Args:
-        index: int ``[R,n]``, ``[H,R,n]`` or ``[B,H,R,n]``, blocks of ``size`` keys; -1 keeps
-            nothing, an order is not needed, a block listed twice counts once. H may be the number
-            of query heads, of key heads (shared within a group), or 1.
+        index: int ``[R,n]``, ``[H,R,n]`` or ``[B,H,R,n]``, blocks of ``size`` keys, rising in each
+            row, with -1 at the end of shorter ones. H may be the number of query heads, of key
+            heads (shared within a group), or 1.
         size: keys in a block.
         rows: queries in a block; ``size`` where None, 1 for a choice of each token's own.
 
     Raises:
-        ValueError: for an index that is not int, or below -1.
+        ValueError: for an index that is not int, not rising, or below -1.
     """
     positive("size", size)
     rows = size if rows is None else rows
     positive("rows", rows)
+    return Blocks(Table(_listed("index", index, 1)), size, rows)
+
+
+def spans(starts: Tensor, columns: Tensor, size: int, rows: int | None = None) -> Mask:
+    """Chosen runs of keys that start anywhere, and single keys beside them (as vertical-slash
+    attention finds them): query block ``r = p // rows`` sees ``size`` keys from each
+    ``starts[..., r, :]`` on (as far as there are any) and the keys ``columns[..., r, :]``.
+
+    Args:
+        starts: int ``[R,n]``, ``[H,R,n]`` or ``[B,H,R,n]``, rising by at least ``size``, with -1 at
+            the end of shorter rows.
+        columns: int, the same but for the last axis, rising, none of them inside a run.
+        size: keys in a run.
+        rows: queries in a block; ``size`` where None.
+
+    Raises:
+        ValueError: as :func:`blocks`.
+    """
+    positive("size", size)
+    rows = size if rows is None else rows
+    positive("rows", rows)
+    starts, columns = _listed("starts", starts, size), _listed("columns", columns, 1)
+    if starts.shape[:-1] != columns.shape[:-1]:
+        raise ValueError(
+            f"columns must be {[*starts.shape[:-1], 'm']} as starts, got {list(columns.shape)}"
+        )
+    return Spans(Table(starts), Table(columns), size, rows)
+
+
+def _listed(name: str, index: Tensor, apart: int) -> Tensor:
+    """The lists without leading axes of 1, once they are known to rise by ``apart``."""
     if index.dim() not in (2, 3, 4) or index.is_floating_point() or index.dtype == torch.bool:
         raise ValueError(
-            f"index must be int [R,n], [H,R,n] or [B,H,R,n], got {index.dtype} of "
+            f"{name} must be int [R,n], [H,R,n] or [B,H,R,n], got {index.dtype} of "
             f"{list(index.shape)}"
         )
-    if readable(index) and int(index.min()) < -1:
-        raise ValueError(f"index must be >= -1, got {int(index.min())}")
+    if readable(index):
+        here, after = index[..., :-1], index[..., 1:]
+        if int(index.min()) < -1:
+            raise ValueError(f"{name} must be >= -1, got {int(index.min())}")
+        if bool(((after >= 0) & ((here < 0) | (after - here < apart))).any()):
+            raise ValueError(f"{name} must rise by {apart} or more in each row, -1 at the end")
     while index.dim() > 2 and index.shape[0] == 1:
         index = index[0]
-    return Blocks(Table(index), size, rows)
+    return index
 
 
 def per_head(masks: Sequence[Mask]) -> Mask:

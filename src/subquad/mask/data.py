@@ -107,57 +107,108 @@ class Packed(Mask):
         return where + [torch.where(one, c, 0) for c in columns]
 
 
+class Chosen(Mask):
+    """Keys listed for every row of queries (``rows`` of them share a list)."""
+
+    rows: int
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The lists, int ``[..., R, n]``: rising, -1 at the end of the shorter ones."""
+        raise NotImplementedError
+
+    @property
+    def cell(self) -> int:
+        """Keys that are always kept together."""
+        raise NotImplementedError
+
+    def _map(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """bool ``[R, cells]``, what each row keeps, and its sums from the corner."""
+        raise NotImplementedError
+
+    @property
+    def planes(self):
+        leads = [(1, 1, *table.shape[:-2]) for table in self.tables]
+        return max(lead[-2] for lead in leads), max(lead[-1] for lead in leads)
+
+    def _check(self, T, S, offset):
+        need = -(-(T + offset) // self.rows)
+        last = -(-S // self.cell) - 1
+        for table in self.tables:
+            if table.shape[-2] < need:
+                raise ValueError(
+                    f"index must have {need} rows of {self.rows} queries to reach position "
+                    f"{T + offset - 1}, got {table.shape[-2]}"
+                )
+            if readable(table.tensor) and int(table.tensor.max()) > last:
+                raise ValueError(
+                    f"index must lie in -1..{last} for S={S}, got {int(table.tensor.max())}"
+                )
+
+    def at(self, p, j):
+        kept, _ = self._map(p.device)
+        r, c = p // self.rows, j // self.cell
+        inside = (r >= 0) & (r < kept.shape[0]) & (c < kept.shape[1])
+        return inside & kept[r.clamp(0, kept.shape[0] - 1), c.clamp(0, kept.shape[1] - 1)]
+
+    def _bounds(self, rect):
+        _, sums = self._map(rect[0].device)
+        R, C = sums.shape
+        p0, p1, j0, j1 = rect
+        r0, r1 = p0.clamp_min(0) // self.rows, p1.clamp_min(-1) // self.rows + 1
+        c0, c1 = j0 // self.cell, j1 // self.cell + 1
+        cells = (r1 - r0) * (c1 - c0)
+        r0, r1, c0, c1 = (x.clamp(0, n - 1) for x, n in ((r0, R), (r1, R), (c0, C), (c1, C)))
+        found = sums[r1, c1] - sums[r0, c1] - sums[r1, c0] + sums[r0, c0]
+        return found > 0, (found == cells) & (p0 >= 0)
+
+
 @dataclass(frozen=True)
-class Blocks(Mask):
-    """The query block ``p // rows`` keeps the key blocks ``index[..., p // rows, :]``."""
+class Blocks(Chosen):
+    """The row ``p // rows`` keeps the key blocks ``index[..., p // rows, :]``."""
 
     index: Table
     size: int
     rows: int
 
     @property
-    def planes(self):
-        lead = (1, 1, *self.index.shape[:-2])
-        return lead[-2], lead[-1]
+    def tables(self):
+        return (self.index,)
+
+    @property
+    def cell(self):
+        return self.size
 
     def plane(self, b, h):
-        lead = len(self.index.shape) - 2
-        return Blocks(self.index[(b, h)[2 - lead :]], self.size, self.rows) if lead else self
+        return Blocks(_plane_of(self.index, b, h), self.size, self.rows)
 
-    def _check(self, T, S, offset):
-        need = -(-(T + offset) // self.rows)
-        if self.index.shape[-2] < need:
-            raise ValueError(
-                f"index of blocks must have {need} rows of {self.rows} queries for the position "
-                f"{T + offset - 1}, got {self.index.shape[-2]}"
-            )
-        index = self.index.tensor
-        if readable(index) and int(index.max()) >= -(-S // self.size):
-            raise ValueError(
-                f"index of blocks must lie in -1..{-(-S // self.size) - 1} for S={S}, "
-                f"got {int(index.max())}"
-            )
+    def _map(self, device):
+        return _cells((self.index,), (1,), device)
 
-    def _kept(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """bool ``[queries, keys]`` over blocks, and its sums from the corner (for rectangles)."""
-        return _block_map(self.index, device)
 
-    def at(self, p, j):
-        kept, _ = self._kept(p.device)
-        r, c = p // self.rows, j // self.size
-        inside = (r >= 0) & (r < kept.shape[0]) & (c < kept.shape[1])
-        return inside & kept[r.clamp(0, kept.shape[0] - 1), c.clamp(0, kept.shape[1] - 1)]
+@dataclass(frozen=True)
+class Spans(Chosen):
+    """The row ``p // rows`` keeps ``size`` keys from each of ``starts`` on, and ``columns``."""
 
-    def _bounds(self, rect):
-        _, sums = self._kept(rect[0].device)
-        R, C = sums.shape
-        p0, p1, j0, j1 = rect
-        r0, r1 = p0.clamp_min(0) // self.rows, p1.clamp_min(-1) // self.rows + 1
-        c0, c1 = j0 // self.size, j1 // self.size + 1
-        cells = (r1 - r0) * (c1 - c0)
-        r0, r1, c0, c1 = (x.clamp(0, n - 1) for x, n in ((r0, R), (r1, R), (c0, C), (c1, C)))
-        found = sums[r1, c1] - sums[r0, c1] - sums[r1, c0] + sums[r0, c0]
-        return found > 0, (found == cells) & (p0 >= 0)
+    starts: Table
+    columns: Table
+    size: int
+    rows: int
+
+    @property
+    def tables(self):
+        return self.starts, self.columns
+
+    @property
+    def cell(self):
+        return 1
+
+    def plane(self, b, h):
+        starts, columns = (_plane_of(t, b, h) for t in self.tables)
+        return Spans(starts, columns, self.size, self.rows)
+
+    def _map(self, device):
+        return _cells(self.tables, (self.size, 1), device)
 
 
 @dataclass(frozen=True)
@@ -192,13 +243,27 @@ def _range_tables(ids: Table) -> tuple[Tensor, Tensor]:
     return torch.stack(lows), torch.stack(highs)
 
 
+def _plane_of(table: Table, b: int, h: int) -> Table:
+    lead = (1, 1, *table.shape[:-2])[-2:]
+    where = (b % lead[0], h % lead[1])[4 - len(table.shape) :]
+    return table[where] if where else table
+
+
 @lru_cache(maxsize=16)
-def _block_map(index: Table, device: torch.device) -> tuple[Tensor, Tensor]:
-    blocks = index.on(device).long()
-    columns = max(int(blocks.max()), 0) + 1 if blocks.numel() else 1
-    kept = torch.zeros(blocks.shape[0], columns + 1, dtype=torch.bool, device=device)
-    kept.scatter_(1, torch.where(blocks < 0, columns, blocks), True)
-    kept = kept[:, :columns]
-    sums = torch.zeros(kept.shape[0] + 1, columns + 1, dtype=torch.int32, device=device)
+def _cells(
+    tables: tuple[Table, ...], widths: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Which cells the rows keep, ``widths`` of them from each entry on, and the sums of that from
+    the corner: bool ``[R, C]`` and int32 ``[R + 1, C + 1]``."""
+    R = tables[0].shape[0]
+    last = max(int(t.tensor.max()) if t.tensor.numel() else -1 for t in tables)
+    C = max(last, 0) + max(widths)
+    kept = torch.zeros(R, C + 1, dtype=torch.bool, device=device)
+    for table, width in zip(tables, widths, strict=True):
+        entry = table.on(device).long()[:, :, None]
+        cells = torch.where(entry < 0, C, entry + torch.arange(width, device=device))
+        kept.scatter_(1, cells.flatten(1), True)
+    kept = kept[:, :C]
+    sums = torch.zeros(R + 1, C + 1, dtype=torch.int32, device=device)
     sums[1:, 1:] = kept.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
     return kept, sums
