@@ -8,7 +8,6 @@ that says yes runs. ``explain`` shows all the answers.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,6 +16,8 @@ from importlib import import_module
 from typing import Any
 
 import torch
+
+import subquad
 
 
 class _Forced(threading.local):
@@ -55,7 +56,7 @@ def _imported(module: str) -> bool:
 
 
 # What torch.compiler.assume_constant_result sets (and it would import the compiler here): an import
-# cannot be traced, the look-up in sys.modules after it can.
+# cannot be traced, the look-up of the attributes after it can.
 _imported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -67,10 +68,13 @@ class Backend:
     verify: Verifier
     home: str
 
-    def load(self) -> Callable[..., Any]:
+    def load(self) -> Any:
         module, _, function = self.home.partition(":")
         _imported(module)
-        return getattr(sys.modules[module], function)
+        found: Any = subquad
+        for name in [*module.split(".")[1:], function]:
+            found = getattr(found, name)
+        return found
 
 
 @dataclass(frozen=True)
