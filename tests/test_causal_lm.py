@@ -229,6 +229,11 @@ class TestForward:
         assert hybrid_model.train()(tokens()).past_key_values is None
         assert hybrid_model(tokens(), use_cache=True).past_key_values is not None
 
+    def test_no_cache_where_layers_run_twice(self, hybrid_model):
+        hybrid_model.train().gradient_checkpointing_enable()
+        with pytest.raises(ValueError, match="takes no cache"):
+            hybrid_model(tokens(), use_cache=True)
+
     @torch.no_grad()
     def test_wide_residual(self):
         model = build(dtype=torch.bfloat16, residual_float32=True)

@@ -138,7 +138,8 @@ class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
             raise ValueError(f"past_key_values must be a StateCache, got {type(given).__name__}")
         if given is not None and len(given) not in (0, len(self.layers)):
             raise ValueError(f"past_key_values must hold {len(self.layers)} layers: {given}")
-        if self.training and self.is_gradient_checkpointing and (use_cache or given is not None):
+        checkpointed = self.training and any(b.gradient_checkpointing for b in self.blocks)
+        if checkpointed and (use_cache or given is not None):
             raise ValueError("gradient checkpointing runs layers twice, so it takes no cache")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
