@@ -24,9 +24,11 @@ _HOMES = {
     "Mixer": "subquad.mixers.base",
     "State": "subquad.state",
     "System": "subquad.catalogue",
+    "apply": "subquad.policies.hook",
     "backend": "subquad.ops.backend",
     "create_model": "subquad.models.presets",
     "create_mixer": "subquad.mixers.base",
+    "create_policy": "subquad.policies.base",
     "explain": "subquad.ops.backend",
     "systems": "subquad.catalogue",
 }
@@ -38,6 +40,7 @@ _MODULES = (
     "mixers",
     "models",
     "ops",
+    "policies",
     "tasks",
     "train",
 )

@@ -5,17 +5,20 @@ Legend: B batch, T new tokens, S cached entries, G key/value heads, K head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class Rows:
-    """A tensor ``[B,S,...]`` that grows along axis 1 in place; its capacity doubles when full."""
+    """A tensor ``[B,S,...]`` that grows along axis 1 in place, an eighth at a time."""
 
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-        self.length = 0
+    def __init__(self, data: Tensor | None = None) -> None:
+        self._memory = data
+        self.length = 0 if data is None else data.shape[1]
 
     @property
     def data(self) -> Tensor:
@@ -44,8 +47,10 @@ class Rows:
         """Hold ``x [B,S,...]`` and nothing else; what was held is freed."""
         self._memory, self.length = x.contiguous(), x.shape[1]
 
-    def crop(self, length: int) -> None:
-        self.length = length
+    def select(self, rows: Tensor) -> None:
+        """Keep the batch rows ``rows``, in that order."""
+        if self._memory is not None:
+            self.replace(self.data.index_select(0, rows.to(self.data.device)))
 
 
 class KVLayer(CacheLayerMixin):
@@ -54,20 +59,31 @@ class KVLayer(CacheLayerMixin):
     ``update`` returns the *new* keys and values only; a policy reads the past from the layer.
 
     Attributes:
-        seen: tokens fed, whatever is still held; the positions of new tokens follow from it.
+        seen: columns fed, padding included, whatever is still held; the positions of new tokens
+            follow from it.
+        starts: columns of padding at the start of each row; None where there is none. The hook
+            sets it before the layer is fed.
         keys, values: ``[B,S,G,K]``.
     """
 
     is_sliding = False
+    _keys: Rows
+    _values: Rows
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = 0
-        self._keys, self._values = Rows(), Rows()
+        self._clear()
 
-    # transformers reads `keys` and `values` as attributes; here they are views.
+    def _clear(self) -> None:
+        """Everything as at the start; what a subclass holds besides, it clears here too."""
+        self.seen = 0
+        self.starts: list[int] | None = None
+        self._keys, self._values = Rows(), Rows()
+        self.is_initialized = False
+
+    # transformers sets and reads `keys` and `values` as attributes; here they are views.
     @property
-    def keys(self) -> Tensor:  # type: ignore[override]
+    def keys(self) -> Tensor:
         return self._keys.data
 
     @keys.setter
@@ -76,7 +92,7 @@ class KVLayer(CacheLayerMixin):
             self._keys.replace(value)
 
     @property
-    def values(self) -> Tensor:  # type: ignore[override]
+    def values(self) -> Tensor:
         return self._values.data
 
     @values.setter
@@ -94,19 +110,27 @@ class KVLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Take ``[B,G,T,K]``, the layout of transformers."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.store(key_states.transpose(1, 2), value_states.transpose(1, 2))
         self.seen += key_states.shape[2]
+        self.store(key_states.transpose(1, 2), value_states.transpose(1, 2))
         return key_states, value_states
 
     def store(self, k: Tensor, v: Tensor) -> None:
-        """Keep the new ``k [B,T,G,K]`` and ``v [B,T,G,V]``."""
+        """Keep the new ``k [B,T,G,K]`` and ``v [B,T,G,V]``, which ``seen`` counts already."""
         self._keys.append(k)
         self._values.append(v)
+
+    def row(self, b: int) -> KVLayer:
+        """Row ``b`` without its padding, as a plain layer that shares this one's memory."""
+        alone, start = KVLayer(), (self.starts or [0] * (b + 1))[b]
+        alone.seen = self.seen - start
+        alone._keys = Rows(self.keys[b : b + 1, start:])
+        alone._values = Rows(self.values[b : b + 1, start:])
+        return alone
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -121,12 +145,14 @@ class KVLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        self.__init__()  # type: ignore[misc]
+        self._clear()
 
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows ``rows``, in that order."""
-        for held in (self._keys, self._values):
-            held.replace(held.data.index_select(0, rows.to(held.data.device)))
+        self._keys.select(rows)
+        self._values.select(rows)
+        if self.starts is not None:
+            self.starts = [self.starts[b] for b in rows.tolist()]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.seen:
@@ -134,21 +160,28 @@ class KVLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.seen:
-            rows = torch.arange(self.keys.shape[0], device=indices.device)[indices]
-            self.select(rows)
+            self.select(torch.arange(self._batch, device=indices.device)[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.seen:
-            self.select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+            self.select(torch.arange(self._batch).repeat_interleave(repeats))
+
+    @property
+    def _batch(self) -> int:
+        return self.keys.shape[0]
 
 
 class PolicyCache(Cache):
     """The layers that a policy chose, one per layer of the model."""
 
-    def __init__(self, layers: list[KVLayer]) -> None:
-        super().__init__(layers=layers)
+    def __init__(self, layers: Sequence[KVLayer]) -> None:
+        super().__init__(layers=list(layers))
+
+    @property
+    def held(self) -> list[KVLayer]:
+        return cast(list[KVLayer], self.layers)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for all layers."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.held)

@@ -1,1 +1,19 @@
 """One file per inference-time system, for pretrained models. See :mod:`subquad.policies.base`."""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "BlockTopK": "subquad.policies.block_topk",
+    "Policy": "subquad.policies.base",
+    "StreamingLLM": "subquad.policies.streaming_llm",
+    "create_policy": "subquad.policies.base",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'subquad.policies' has no attribute {name!r}")

@@ -5,15 +5,19 @@ Legend: B batch, T new tokens, S cached entries, H query heads, G key/value head
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from subquad import mask
+from subquad import catalogue
+from subquad import mask as masks
 from subquad.caches.kv import KVLayer
+from subquad.mask import Mask
+from subquad.ops import checks
 from subquad.ops.attention import attention
 
 
@@ -35,6 +39,36 @@ class Site:
     window: int | None
 
 
+@dataclass
+class Pairs:
+    """(query, key) pairs over all heads, layers and rows.
+
+    Attributes:
+        attended: what the policy's attention read.
+        visible: what the model without a policy would have.
+    """
+
+    attended: int = 0
+    visible: int = 0
+
+    @property
+    def fraction(self) -> float:
+        return self.attended / self.visible if self.visible else 1.0
+
+
+@dataclass
+class Tally:
+    """The pairs of prompts (T > 1) and of decoded tokens."""
+
+    prefill: Pairs = field(default_factory=Pairs)
+    decode: Pairs = field(default_factory=Pairs)
+
+    def add(self, tokens: int, attended: int = 0, visible: int = 0) -> None:
+        pairs = self.prefill if tokens > 1 else self.decode
+        pairs.attended += attended
+        pairs.visible += visible
+
+
 @dataclass(frozen=True)
 class Call:
     """One forward pass through one attention layer.
@@ -45,9 +79,10 @@ class Call:
             policy asks for late rotation.
         layer: the cache layer, which already holds k and v.
         scale: of the scores.
-        real: bool ``[B, tokens seen]``, False at padding; None without padding.
+        real: bool ``[B, tokens seen]``, False at padding (on the left); None without padding.
         positions: int64 ``[B,T]`` of the new tokens, as the model counts them.
         rotate: ``rotate(x [B,S,*,K], positions [B,S]) -> x`` rotates with the model's own RoPE.
+        tally: where to count the pairs attended to; None where nobody asks.
     """
 
     site: Site
@@ -59,32 +94,98 @@ class Call:
     real: Tensor | None
     positions: Tensor
     rotate: Callable[[Tensor, Tensor], Tensor]
+    tally: Tally | None = None
 
     @property
     def first(self) -> bool:
         """Whether these tokens are the first that the layer sees."""
         return self.layer.seen == self.q.shape[1]
 
-    def mask(self) -> mask.Mask:
+    @property
+    def starts(self) -> list[int]:
+        """Columns of padding at the start of each row."""
+        return self.layer.starts or [0] * self.q.shape[0]
+
+    def mask(self) -> Mask:
         """Who may see whom in the model without any policy: causal, its own window, padding."""
-        m = mask.causal()
+        m = masks.causal()
         if self.site.window is not None:
-            m = m & mask.window(self.site.window - 1, 0)
+            m = m & masks.window(self.site.window - 1, 0)
         if self.real is not None:
-            m = m & mask.documents(torch.where(self.real, 0, -1))
+            m = m & masks.documents(torch.where(self.real, 0, -1))
         return m
+
+    def attend(self, m: Mask | None = None) -> Tensor:
+        """Attend to those of the layer's keys that the model and ``m`` let be seen, and count
+        them: ``o [B,T,H,V]``. The layer must hold every key."""
+        m = self.mask() if m is None else self.mask() & m
+        if self.tally is not None:
+            shape = self.q.shape[1], self.layer.keys.shape[1]
+            planes = m.planes[0] * m.planes[1]
+            self.count(m.area(*shape) * self.q.shape[0] * self.site.heads // planes)
+        return attention(self.q, self.layer.keys, self.layer.values, m, scale=self.scale)
 
     def dense(self) -> Tensor:
         """Attend to everything that the layer holds, ``[B,T,H,V]``: the model without a policy."""
-        return attention(self.q, self.layer.keys, self.layer.values, self.mask(), scale=self.scale)
+        return self.attend()
+
+    def count(self, pairs: int | Tensor) -> None:
+        """Add to the pairs attended to, where somebody asks."""
+        if self.tally is not None:
+            self.tally.add(self.q.shape[1], attended=int(pairs))
+
+    def visible(self) -> int:
+        """The pairs that the model without any policy attends to."""
+        T, window = self.q.shape[1], self.site.window or self.layer.seen
+        pairs = 0
+        for start in self.starts:
+            after = self.layer.seen - start
+            before = max(after - T, 0)
+            # Token i sees min(i + 1, window) keys; sum over before <= i < after.
+            pairs += _ramp(after, window) - _ramp(before, window)
+        return pairs * self.site.heads
+
+    def rows(self) -> Iterator[Call]:
+        """The same call for each row alone, without its padding (T may differ, and be 0)."""
+        T = self.q.shape[1]
+        for b, start in enumerate(self.starts):
+            own, skip = slice(b, b + 1), max(start - (self.layer.seen - T), 0)
+            yield dataclasses.replace(
+                self,
+                q=self.q[own, skip:],
+                k=self.k[own, skip:],
+                v=self.v[own, skip:],
+                layer=self.layer.row(b),
+                real=None,
+                positions=self.positions[own, skip:],
+            )
+
+    def unpadded(self, attend: Callable[[Call], Tensor]) -> Tensor:
+        """``attend``, which need not know of padding: each row alone where there is some.
+
+        Where a system counts blocks from the first token, padding would move them.
+        """
+        if self.real is None:
+            return attend(self)
+        o = self.q.new_zeros(*self.q.shape[:3], self.v.shape[3])
+        for b, row in enumerate(self.rows()):
+            if row.q.shape[1]:
+                o[b : b + 1, -row.q.shape[1] :] = attend(row)
+        return o
+
+
+def _ramp(n: int, top: int) -> int:
+    """The sum of min(i + 1, top) over i < n."""
+    low = min(n, top)
+    return low * (low + 1) // 2 + (n - low) * top
 
 
 class Policy:
     """How the prompt and the generated tokens attend, and what the cache keeps.
 
-    A subclass is a frozen dataclass of its budgets. It writes ``prefill``, ``decode``, ``layer``, or
-    some of them; what it leaves alone stays as the model has it, and ``A() + B()`` joins a policy
-    for the prompt with one for decoding.
+    A subclass is a frozen dataclass of its budgets. It writes ``prefill``, ``decode``, ``layer``,
+    ``settle``, or some of them; what it leaves alone stays as the model has it, and ``A() + B()``
+    joins a policy for the prompt with one for decoding.
 
     Class attributes:
         late_rope: the cache keeps keys before their rotation and the policy rotates them
@@ -110,13 +211,17 @@ class Policy:
         """Attention of one token (T = 1): ``o [B,1,H,V]``."""
         return call.dense()
 
+    def settle(self, call: Call) -> None:
+        """After the attention of a prompt, or a piece of one: drop what the cache will not keep."""
+
     @property
     def shapes_prefill(self) -> bool:
         return type(self).prefill is not Policy.prefill
 
     @property
     def shapes_decode(self) -> bool:
-        return type(self).decode is not Policy.decode or type(self).layer is not Policy.layer
+        own = type(self)
+        return own.decode is not Policy.decode or own.layer is not Policy.layer
 
     def __add__(self, other: Policy) -> Policy:
         return Joined(self, other)
@@ -134,6 +239,9 @@ class Joined(Policy):
     answer: Policy
 
     def __post_init__(self) -> None:
+        for part in (self.prompt, self.answer):
+            if not isinstance(part, Policy):
+                raise ValueError(f"a policy joins with a policy, got {part!r}")
         a, b = type(self.prompt).__name__, type(self.answer).__name__
         if self.prompt.shapes_decode:
             raise ValueError(f"{a} + {b}: {a} shapes the decoding, so it must come alone or last")
@@ -170,3 +278,20 @@ class Joined(Policy):
 
     def decode(self, call: Call) -> Tensor:
         return self.answer.decode(call)
+
+    def settle(self, call: Call) -> None:
+        self.answer.settle(call)
+
+
+def create_policy(name: str, **options: Any) -> Policy:
+    """Build a policy by its key in the catalogue, e.g. ``create_policy("quest", budget=1024)``.
+
+    Raises:
+        ValueError: for an unknown policy or option (with the nearest ones) or a value out of range.
+    """
+    checks.one_of("policy", name, [card.key for card in catalogue.systems(kind="policy")])
+    made = catalogue.system(name).load()
+    known = [f.name for f in dataclasses.fields(made) if f.init]
+    for option in options:
+        checks.one_of(f"options of policy {name!r}", option, known)
+    return made(**options)

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from subquad.caches.kv import PolicyCache
 from subquad.ops import checks
-from subquad.policies.base import Call, Policy, Site
+from subquad.policies.base import Call, Policy, Site, Tally
 
 NAME = "subquad"
 
@@ -34,7 +34,6 @@ class _Bound:
     site: Site
     cache: PolicyCache | None = None
     positions: Tensor | None = None
-    rotations: Any = None
 
 
 def _attend(
@@ -52,12 +51,13 @@ def _attend(
     if bound is None:
         raise ValueError("this model's attention is 'subquad' but no policy is applied to it")
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    policy = bound.applied.policy
+    applied = bound.applied
     if bound.cache is None:  # use_cache=False: the call is all there is
-        layer = policy.layer(bound.site)
+        layer = applied.policy.layer(bound.site)
+        layer.starts = applied.starts
         layer.update(key, value)
     else:
-        layer = bound.cache.layers[bound.site.index]
+        layer = bound.cache.held[bound.site.index]
     call = Call(
         site=bound.site,
         q=q,
@@ -66,10 +66,16 @@ def _attend(
         layer=layer,
         scale=q.shape[-1] ** -0.5 if scaling is None else scaling,
         real=attention_mask,
-        positions=bound.applied.positions(bound, q),
-        rotate=bound.applied.rotate(module, bound),
+        positions=applied.positions(bound, layer.seen, q),
+        rotate=applied.rotate(module),
+        tally=applied.tally,
     )
-    o = policy.decode(call) if q.shape[1] == 1 else policy.prefill(call)
+    if call.tally is not None:
+        call.tally.add(q.shape[1], visible=call.visible())
+    if q.shape[1] == 1:
+        return applied.policy.decode(call), None
+    o = applied.policy.prefill(call)
+    applied.policy.settle(call)
     return o, None
 
 
@@ -106,13 +112,27 @@ def apply(model: PreTrainedModel, policy: Policy) -> Applied:
 
 
 class Applied:
-    """A policy in a model; a context manager, or :meth:`remove` it by hand."""
+    """A policy in a model; a context manager, or :meth:`remove` it by hand.
+
+    Attributes:
+        model, policy: what was applied to what.
+        tally: set it to a :class:`~subquad.policies.base.Tally` and the pairs attended to are
+            counted (which costs some time); None counts nothing.
+    """
 
     def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
         self.model, self.policy = model, policy
-        modules = attention_modules(model)
-        sites = [site_of(m, len(modules)) for m in modules]
+        self.tally: Tally | None = None
+        self.starts: list[int] | None = None
+        self._modules = attention_modules(model)
+        if self._modules[0] in _sites:
+            other = type(_sites[self._modules[0]].applied.policy).__name__
+            raise ValueError(f"model has the policy {other} already; remove it, or join them by +")
+        sites = [site_of(m, len(self._modules)) for m in self._modules]
         policy.check(sites)
+        self._rotary = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
+        if policy.late_rope and (self._rotary is None or _rotation(self._modules[0]) is None):
+            raise ValueError(f"{type(model).__name__} has no rotary embedding to apply late")
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, _mask)
         self._config = model.config.get_text_config(decoder=True)
@@ -121,12 +141,11 @@ class Applied:
         self._handles = [
             decoder_of(model).register_forward_pre_hook(self._give_cache, with_kwargs=True)
         ]
-        for module, site in zip(modules, sites, strict=True):
+        for module, site in zip(self._modules, sites, strict=True):
             _sites[module] = _Bound(self, site)
             self._handles.append(
                 module.register_forward_pre_hook(self._enter_attention, with_kwargs=True)
             )
-        self._modules = modules
 
     def __enter__(self) -> Applied:
         return self
@@ -136,12 +155,14 @@ class Applied:
 
     def remove(self) -> None:
         """Give the model back as it was."""
+        if not self._handles:
+            return
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
             _sites.pop(module, None)
         self._config._attn_implementation = self._before
-        self._handles, self._modules = [], []
+        self._handles = []
 
     def new_cache(self) -> PolicyCache:
         """An empty cache of the policy's layers, to pass as ``past_key_values``."""
@@ -149,7 +170,7 @@ class Applied:
 
     def _give_cache(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Swap a fresh cache of transformers for one of the policy's."""
-        ids = kwargs.get("input_ids")
+        ids = kwargs.get("input_ids", args[0] if args else None)
         ids = kwargs.get("inputs_embeds") if ids is None else ids
         if ids is not None and ids.shape[0] > 1 and not self.policy.batched:
             raise ValueError(
@@ -162,34 +183,33 @@ class Applied:
             if past is not None and past.get_seq_length() > 0:
                 raise ValueError("past_key_values was filled without this policy; start afresh")
             past = self.new_cache()
+        self.starts = padding_starts(kwargs.get("attention_mask"))
+        for layer in past.held if past is not None else []:
+            layer.starts = self.starts
         for module in self._modules:
             _sites[module].cache = past
         return args, kwargs | {"past_key_values": past}
 
     def _enter_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Note the positions; for late rotation let the module rotate by nothing."""
-        bound = _sites[module]
-        bound.positions = kwargs.get("position_ids")
+        _sites[module].positions = kwargs.get("position_ids")
         if self.policy.late_rope:
             cos, sin = kwargs["position_embeddings"]
             kwargs = kwargs | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
         return args, kwargs
 
-    def positions(self, bound: _Bound, q: Tensor) -> Tensor:
+    def positions(self, bound: _Bound, seen: int, q: Tensor) -> Tensor:
+        """int64 ``[B,T]``, as the model counts them."""
         B, T = q.shape[:2]
         if bound.positions is not None:
             return bound.positions.expand(B, -1)
-        seen = 0 if bound.cache is None else bound.cache.layers[bound.site.index].seen - T
-        return torch.arange(seen, seen + T, device=q.device).expand(B, -1)
+        return torch.arange(seen - T, seen, device=q.device).expand(B, -1)
 
-    def rotate(self, module: nn.Module, bound: _Bound) -> Callable[[Tensor, Tensor], Tensor]:
+    def rotate(self, module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """The model's own rotation, at any positions."""
+        rotary, apply_rope = self._rotary, _rotation(module)
 
         def rotated(x: Tensor, positions: Tensor) -> Tensor:
-            rotary = next(
-                (m for n, m in self.model.named_modules() if n.endswith("rotary_emb")), None
-            )
-            apply_rope = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
             if rotary is None or apply_rope is None:
                 raise ValueError(f"{type(self.model).__name__} has no rotary embedding to apply")
             kinds = inspect.signature(rotary.forward).parameters
@@ -199,6 +219,33 @@ class Applied:
             return apply_rope(x, x, cos, sin)[0].transpose(1, 2)
 
         return rotated
+
+
+def _rotation(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """How the model's own file rotates q and k."""
+    return getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+
+
+def padding_starts(attention_mask: Any) -> list[int] | None:
+    """Columns of padding at the start of each row; None where there is none.
+
+    Raises:
+        ValueError: unless the mask is ``[B,S]`` with its padding on the left.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        shape = getattr(attention_mask, "shape", None)
+        found = type(attention_mask).__name__ if shape is None else list(shape)
+        raise ValueError(f"attention_mask must be [B,S] under a policy, got {found}")
+    real = attention_mask.bool()
+    if bool(real.all()):
+        return None
+    if bool((real[:, 1:] < real[:, :-1]).any()):
+        raise ValueError(
+            "attention_mask must have its padding on the left (tokenizer.padding_side='left')"
+        )
+    return (~real).sum(1).tolist()
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -230,18 +277,23 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
             f"model must have softmax attention in every layer, {name} has {len(found)} of "
             f"{config.num_hidden_layers}"
         )
-    return sorted(found, key=lambda m: m.layer_idx)
+    return sorted(found, key=_layer_index)
+
+
+def _layer_index(module: Any) -> int:
+    return int(module.layer_idx)
 
 
 def site_of(module: nn.Module, layers: int) -> Site:
     config: Any = module.config
+    index = _layer_index(module)
     kinds = getattr(config, "layer_types", None)
-    slides = kinds is None or kinds[module.layer_idx] == "sliding_attention"
+    slides = kinds is None or kinds[index] == "sliding_attention"
     window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
     heads = config.num_attention_heads
     checks.divides("num_key_value_heads", config.num_key_value_heads, "num_attention_heads", heads)
     return Site(
-        index=int(module.layer_idx),
+        index=index,
         layers=layers,
         heads=heads,
         kv_heads=config.num_key_value_heads,

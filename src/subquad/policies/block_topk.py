@@ -1,0 +1,94 @@
+"""Block-sparse top-k attention: for each block of queries, the key blocks whose mean fits best.
+
+MInference 1.0 (Jiang et al. 2024, arXiv 2407.02490), "block_sparse", and its form in The Sparse
+Frontier (Nawrot et al. 2025, arXiv 2504.17768).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.ops import checks
+from subquad.policies.base import Call, Policy
+from subquad.policies.parts import chosen
+
+SCORES = 1 << 24  # block scores held at once
+
+
+@dataclass(frozen=True)
+class BlockTopK(Policy):
+    """Prefill: each head and block of queries attends exactly to its ``topk`` key blocks.
+
+    Attributes:
+        block: tokens in a block, of queries and of keys.
+        topk: key blocks for each block of queries.
+        variant: "frontier" always takes the first block, the own one and the one before it;
+            "minference" takes the best alone (there block=64, topk=100).
+    """
+
+    VARIANTS: ClassVar[tuple[str, ...]] = ("frontier", "minference")
+
+    block: int = 16
+    topk: int = 64
+    variant: str = "frontier"
+
+    def __post_init__(self) -> None:
+        checks.positive("block", self.block)
+        checks.positive("topk", self.topk)
+        checks.one_of("variant", self.variant, self.VARIANTS)
+        if self.variant == "frontier" and self.topk < 3:
+            raise ValueError(
+                f"topk must be at least 3 (first, own and previous block), got {self.topk}"
+            )
+
+    def prefill(self, call: Call) -> Tensor:
+        return call.unpadded(self._prefill)
+
+    def _prefill(self, call: Call) -> Tensor:
+        index = self.select(call.q, call.layer.keys)
+        starts = torch.where(index < 0, -1, index * self.block)
+        return chosen.attend(call, starts, self.block, self.block)
+
+    def select(self, q: Tensor, k: Tensor) -> Tensor:
+        """The chosen blocks of ``k [B,S,G,K]`` for the last tokens ``q [B,T,H,K]``.
+
+        Returns:
+            int ``[B,H,R,n]``: a row for each block that holds a query, the blocks rising, -1 (for
+            rows with fewer blocks before them) last.
+        """
+        (B, T, H, _), (S, G), b = q.shape, k.shape[1:3], self.block
+        first, blocks = (S - T) // b, -(-S // b)
+        # Padding counts in the means, as the authors have it; a query block's scale is no matter.
+        means = F.pad(k, (0, 0, 0, 0, 0, blocks * b - S)).unflatten(1, (blocks, b)).mean(2)
+        lead = S - T - first * b
+        q = F.pad(q, (0, 0, 0, 0, lead, (blocks - first) * b - lead - T))
+        queries = q.unflatten(1, (blocks - first, b)).mean(2)
+        step = max(1, SCORES // (B * H * blocks))
+        rows = [
+            self._choose(queries[:, r : r + step], means, first + r, H // G)
+            for r in range(0, blocks - first, step)
+        ]
+        return torch.cat(rows, 2)
+
+    def _choose(self, queries: Tensor, means: Tensor, first: int, share: int) -> Tensor:
+        """Rows ``first..`` of :meth:`select` from the blocks' means."""
+        B, R, H, K = queries.shape
+        n = means.shape[1]
+        grouped = queries.view(B, R, H // share, share, K)
+        score = torch.einsum("brgsk,bngk->bgsrn", grouped, means).flatten(1, 2)
+        m = first + torch.arange(R, device=queries.device)[:, None]
+        c = torch.arange(n, device=queries.device)
+        if self.variant == "frontier":
+            score = score.masked_fill((c == m) | (c == m - 1), torch.inf)
+        score = score.masked_fill(c > m, -torch.inf)
+        if self.variant == "frontier":
+            score = score.masked_fill(c == 0, torch.inf)
+        top = score.topk(min(self.topk, n), -1)
+        # Blocks after the row's own sort last, and stay behind as -1.
+        index = torch.where(top.values == -torch.inf, n, top.indices).sort(-1).values
+        return torch.where(index == n, -1, index)

@@ -1,0 +1,1 @@
+"""What several policies share: attention over chosen keys, and how keys are chosen."""

@@ -1,0 +1,103 @@
+"""The table of policies under test: a policy joins with one row, and its definition in a few lines.
+
+A definition takes the policy and a call over all keys, and says which pairs are attended to,
+``bool [B,H,T,S]``.
+"""
+
+import torch
+
+from policy_kit import Row, masked, rotate
+
+
+def places(call):
+    """Key positions of queries ``[T,1]`` and of keys ``[S]``."""
+    T, S = call.q.shape[1], call.layer.keys.shape[1]
+    return torch.arange(S - T, S)[:, None], torch.arange(S)
+
+
+def everywhere(call, keep):
+    """``[T,S]`` for every row and head."""
+    return keep.expand(call.q.shape[0], call.q.shape[2], -1, -1)
+
+
+def streaming(policy, call):
+    p, j = places(call)
+    return everywhere(call, (j <= p) & ((j < policy.sinks) | (p - j < policy.window)))
+
+
+def streaming_in_cache(policy, call):
+    """Token by token: the kept keys are numbered anew, and the query is the last of them."""
+    keep, outs = streaming(policy, call), []
+    for i in range(call.q.shape[1]):
+        kept = keep[0, 0, i].nonzero()[:, 0]
+        place = torch.arange(len(kept)).expand(call.q.shape[0], -1)
+        k, v = rotate(call.layer.keys[:, kept], place), call.layer.values[:, kept]
+        q = rotate(call.q[:, i : i + 1], place[:, -1:])
+        everything = torch.ones(1, 1, 1, len(kept), dtype=torch.bool)
+        outs.append(masked(q, k, v, everything, call.scale))
+    return torch.cat(outs, 1)
+
+
+def block_topk(policy, call):
+    if call.q.shape[1] == 1:
+        return streaming_all(call)
+    (B, T, H, _), b = call.q.shape, policy.block
+    n = -(-T // b)
+    keys = call.layer.keys.repeat_interleave(H // call.layer.keys.shape[2], 2)
+    pad = torch.zeros(B, n * b - T, *keys.shape[2:], dtype=keys.dtype)
+    q, k = (torch.cat([x, pad], 1).view(B, n, b, H, -1).mean(2) for x in (call.q, keys))
+    score = torch.einsum("bmhk,bnhk->bhmn", q, k)
+    if policy.variant == "frontier":
+        for m in range(n):
+            score[:, :, m, max(m - 1, 0) : m + 1] = torch.inf
+    score = score.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf)
+    if policy.variant == "frontier":
+        score[..., 0] = torch.inf
+    kept = torch.zeros_like(score, dtype=torch.bool)
+    kept.scatter_(-1, score.topk(min(policy.topk, n), -1).indices, True)
+    kept = kept.repeat_interleave(b, 2).repeat_interleave(b, 3)[..., :T, :T]
+    p, j = places(call)
+    return kept & (j <= p)
+
+
+def streaming_all(call):
+    p, j = places(call)
+    return everywhere(call, j <= p)
+
+
+ROWS = [
+    Row(
+        "streaming_llm",
+        {"sinks": 3, "window": 17},
+        {"sinks": 4, "window": 100},
+        streaming,
+        streaming_in_cache,
+        pieces=(30, 2, 1, 20),
+    ),
+    Row(
+        "streaming_llm",
+        {"sinks": 3, "window": 17, "position": "absolute"},
+        {"sinks": 4, "window": 100, "position": "absolute"},
+        streaming,
+        pieces=(30, 2, 1, 20),
+        name="absolute",
+    ),
+    Row(
+        "streaming_llm",
+        {"sinks": 0, "window": 9},
+        {"sinks": 0, "window": 100},
+        streaming,
+        streaming_in_cache,
+        pieces=(70,),
+        name="window",
+    ),
+    Row("block_topk", {"block": 8, "topk": 3}, {"topk": 64}, block_topk, pieces=(32, 24)),
+    Row(
+        "block_topk",
+        {"block": 8, "topk": 2, "variant": "minference"},
+        {"variant": "minference", "topk": 64},
+        block_topk,
+        pieces=(32, 24),
+        name="minference",
+    ),
+]
