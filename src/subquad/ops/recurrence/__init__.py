@@ -19,6 +19,7 @@ from torch import dtype as Dtype
 from subquad.ops import checks
 from subquad.ops.backend import Backend, Request, choose, without_autocast
 from subquad.ops.recurrence.linear import linear_attention
+from subquad.ops.recurrence.triton.gate import verify
 
 __all__ = ["BACKENDS", "linear_attention", "recurrence", "request"]
 
@@ -31,6 +32,7 @@ def _always(request: Request) -> tuple[bool, str]:
 
 
 BACKENDS = (
+    Backend("triton", verify, "subquad.ops.recurrence.triton.op:recurrence"),
     Backend("torch", _always, "subquad.ops.recurrence.torch:recurrence"),
     Backend("reference", _always, "subquad.ops.recurrence.reference:recurrence"),
 )

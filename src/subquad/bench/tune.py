@@ -1,0 +1,166 @@
+"""Measure a table of configurations for this GPU's recurrence kernels.
+
+Every candidate is compiled and checked against float64 in worker processes first; the right ones
+are then timed one after another, alone on the GPU, by the profiler's kernel times in a forward and
+backward pass. The table goes into the user's cache folder, where the kernels find it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subquad.bench.recurrence import FORMS, Case, gate, results
+from subquad.ops.backend import backend
+from subquad.ops.recurrence import recurrence
+from subquad.ops.recurrence.triton import configs
+
+TUNED = ("prepare", "scan", "scan_back", "grads")
+Progress = Callable[[dict[str, Any]], None]
+
+
+def candidates(kernel: str, K: int, V: int, itemsize: int) -> Iterator[dict[str, int]]:
+    """The configurations worth trying for one kernel."""
+    k, v = configs.width(K), configs.width(V)
+    if kernel == "prepare":
+        tried = [{"BK": b, "num_warps": w} for b, w in ((32, 4), (64, 4), (64, 8), (128, 8))]
+    elif kernel == "grads":
+        blocks = ((32, 64, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8), (64, 128, 8), (32, 128, 4))
+        tried = [{"BK": a, "BV": b, "num_warps": w} for a, b, w in blocks]
+    else:
+        few = [(b, 4, s) for b in (32, 64) for s in (1, 2, 3)]
+        many = [(64, 8, 2), (128, 8, 1), (128, 8, 2)]
+        tried = [{"BV": b, "num_warps": w, "num_stages": s} for b, w, s in few + many]
+    for config in tried:
+        if config.get("BK", 0) <= k and config.get("BV", 0) <= v:
+            yield {"num_stages": 1, **config}
+
+
+def _check(case: Case, kernel: str, config: Mapping[str, int]) -> str:
+    """Why a configuration cannot be used, or ""; compiles it on the way."""
+    try:
+        with configs.forced({kernel: config}):
+            gate(case, "cuda")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]
+    return ""
+
+
+def cases(
+    sizes: Iterable[tuple[int, int]], dtypes: Iterable[torch.dtype], forms=FORMS
+) -> Iterator[Case]:
+    """The measured shape of every form and size: enough tokens and heads to fill a GPU."""
+    for dtype in dtypes:
+        for K, V in sizes:
+            for decay, delta in forms:
+                yield Case(
+                    decay, delta, B=4, T=8192, H=16 * 128 // max(K, V), K=K, V=V, dtype=dtype
+                )
+
+
+def kernel_times(inputs: Mapping[str, Tensor | None], repeats: int = 3) -> dict[str, float]:
+    """Microseconds that each kernel takes in one forward and backward pass."""
+    with backend("triton"):
+        results(recurrence, inputs)
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(repeats):
+                results(recurrence, inputs)
+            torch.cuda.synchronize()
+    return {e.key: e.device_time_total / repeats for e in profile.key_averages()}
+
+
+def tune(
+    *,
+    sizes: Iterable[tuple[int, int]] = ((64, 64), (128, 128), (256, 256)),
+    dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
+    forms: Iterable[tuple[str, bool]] = FORMS,
+    kernels: Iterable[str] = TUNED,
+    out: Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Measure and write this GPU's own table; entries that it held for other shapes stay.
+
+    Args:
+        sizes: pairs (K, V); dtypes: of q, k and v; forms: pairs (decay, delta).
+        out: the file to write; the user's cache folder where None.
+        workers: processes that compile and check; the number of cores (at most 16) where None.
+        progress: is told of every checked candidate and every chosen configuration.
+
+    Returns:
+        The path of the table.
+
+    Raises:
+        ValueError: without a CUDA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("tune needs a CUDA GPU, found none")
+    tell = progress or (lambda event: None)
+    arch = configs.arch(torch.device("cuda", torch.cuda.current_device()))
+    path = out or configs.cache_file(arch)
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    jobs = [
+        (case, kernel, config)
+        for case in cases(sizes, dtypes, forms)
+        for kernel in kernels
+        if kernel != "prepare" or case.delta or case.decay == "channel"
+        for config in candidates(kernel, case.K, case.V, case.dtype.itemsize)
+    ]
+    right = _checked(jobs, workers or min(16, os.cpu_count() or 1), tell)
+    for case in dict.fromkeys(job[0] for job in jobs):
+        for kernel in kernels:
+            best = _fastest(case, kernel, [c for a, n, c in right if a == case and n == kernel])
+            if best is None:
+                continue
+            config, microseconds = best
+            name = configs.key(
+                kernel, decay=case.decay, delta=case.delta, K=case.K, V=case.V,
+                itemsize=case.dtype.itemsize,
+            )  # fmt: skip
+            found[name] = config
+            tell({"kernel": name, "config": config, "microseconds": microseconds})
+        _write(path, found)
+    return path
+
+
+def _checked(jobs: list, workers: int, tell: Progress) -> list:
+    right = []
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(_check, *job): job for job in jobs}
+        for n, future in enumerate(as_completed(waiting), 1):
+            case, kernel, config = waiting[future]
+            refused = future.result()
+            if not refused:
+                right.append((case, kernel, config))
+            tell({"checked": n, "of": len(jobs), "kernel": kernel, "case": case.name,
+                  "config": config, "refused": refused})  # fmt: skip
+    return right
+
+
+def _fastest(case: Case, kernel: str, configurations: list) -> tuple[dict[str, int], float] | None:
+    timed = []
+    inputs = case.draw("cuda")
+    for config in configurations:
+        with configs.forced({kernel: config}):
+            times = kernel_times(inputs)
+        timed.append((times.get(kernel, float("inf")), config))
+    if not timed:
+        return None
+    microseconds, config = min(timed, key=lambda pair: pair[0])
+    return config, microseconds
+
+
+def _write(path: Path, found: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    aside.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+    os.replace(aside, path)

@@ -1,0 +1,110 @@
+"""Block sizes, warps and stages of the recurrence's kernels, from a measured table.
+
+Nothing is tuned while a program runs. ``configs.json`` beside this file holds, per GPU architecture
+(``"sm90"``), entries that were timed and whose results were checked against float64 on such a GPU;
+``subquad tune`` writes a table of the same form for another GPU into the user's cache folder. What
+neither table names gets :func:`safe`, small enough for any GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+
+Config = Mapping[str, int]
+KERNELS = ("prepare", "scan", "scan_back", "combine", "grads", "step", "decode")
+_forced: dict[str, Config] = {}  # of the process: the backward pass runs in other threads
+
+
+def cache_file(arch: str) -> Path:
+    """Where a user's own table lies: ``$XDG_CACHE_HOME/subquad/recurrence-<arch>.json``."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "subquad" / f"recurrence-{arch}.json"
+
+
+@cache
+def arch(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the GPU (1 elsewhere)."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def table(arch: str) -> dict[str, dict[str, int]]:
+    shipped = json.loads((Path(__file__).parent / "configs.json").read_text())
+    own = cache_file(arch)
+    try:
+        mine = json.loads(own.read_text()) if own.is_file() else {}
+    except (OSError, ValueError):
+        mine = {}
+    return {**shipped.get(arch, {}), **mine}
+
+
+def width(size: int) -> int:
+    """The power of two, at least 16, that holds ``size`` channels."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def key(kernel: str, *, decay: str, delta: bool, K: int, V: int, itemsize: int) -> str:
+    """A shape class: equal keys share one configuration."""
+    rule = "delta" if delta else "plain"
+    return f"{kernel} {decay} {rule} K{width(K)} V{width(V)} {8 * itemsize}bit"
+
+
+@contextmanager
+def forced(configs: Mapping[str, Config]) -> Iterator[None]:
+    """Inside the block these kernels run with these configurations, whatever the tables say."""
+    before = dict(_forced)
+    _forced.update(configs)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def config(
+    kernel: str, arch: str, decay: str, delta: bool, K: int, V: int, itemsize: int
+) -> Config:
+    """The configuration of ``kernel`` (one of ``KERNELS``) for one shape class."""
+    return _forced.get(kernel) or _config(kernel, arch, decay, delta, K, V, itemsize)
+
+
+@cache
+def _config(kernel: str, arch: str, decay: str, delta: bool, K: int, V: int, itemsize: int):
+    name = key(kernel, decay=decay, delta=delta, K=K, V=V, itemsize=itemsize)
+    return table(arch).get(name) or safe(kernel, K=K, V=V, itemsize=itemsize)
+
+
+def safe(kernel: str, *, K: int, V: int, itemsize: int) -> Config:
+    """Blocks that fit 100 KB of shared memory."""
+    k, v = width(K), width(V)
+    small = itemsize * k > 256  # float32 over 64, or half precision over 128 channels
+    if kernel == "prepare":
+        return {"BK": min(k, 128 // itemsize), "num_warps": 4, "num_stages": 1}
+    if kernel in ("scan", "scan_back"):
+        BV = min(v, 32 if small else 64)
+        return {"BV": BV, "num_warps": 8 if small else 4, "num_stages": 1}
+    if kernel == "combine":
+        return {"BV": min(v, 16), "num_warps": 4, "num_stages": 1}
+    if kernel == "grads":
+        side = 32 if itemsize == 4 else 64
+        return {"BK": min(k, side), "BV": min(v, side), "num_warps": 8, "num_stages": 1}
+    if kernel == "decode":
+        return {"BV": min(v, 64), "num_warps": 8, "num_stages": 1}
+    return {"BV": min(v, 16), "num_warps": 4, "num_stages": 1}

@@ -1,0 +1,319 @@
+"""From tensors to launches: the recurrence's forward and backward pass over its kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from subquad.ops.recurrence.triton import configs
+from subquad.ops.recurrence.triton.grads import grads
+from subquad.ops.recurrence.triton.prepare import prepare
+from subquad.ops.recurrence.triton.scan import combine, scan, scan_back
+from subquad.ops.recurrence.triton.step import step
+
+C = 64  # rows of a chunk
+NAMES = {"none": 0, "head": 1, "channel": 2}
+# exp(LIMIT) and its inverse times an input stay representable (see prepare.py).
+LIMITS = {torch.float16: 6.0, torch.bfloat16: 80.0, torch.float32: 80.0}
+
+
+def slots(cu: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Cut packed sequences into segments of ``size`` tokens, without asking the device anything.
+
+    Returns the table int32 ``[count,6]`` that ``parts.segment`` reads (first token, end, sequence,
+    opens, closes, first chunk; the surplus rows are empty) and the first segment of each sequence,
+    int32 ``[N+1]``. Every sequence has a segment, an empty one too.
+    """
+    cu = cu.long()
+    lengths = cu.diff()
+    parts = ((lengths + size - 1) // size).clamp_min(1)
+    chunks = (lengths + C - 1) // C
+    first = torch.cat([cu.new_zeros(1), parts.cumsum(0)])
+    first_chunk = chunks.cumsum(0) - chunks
+    slot = torch.arange(count, device=cu.device)
+    which = torch.searchsorted(first[1:].contiguous(), slot, right=True).clamp_max(len(parts) - 1)
+    part = slot - first[which]
+    real = slot < first[-1]
+    start = torch.where(real, cu[which] + part * size, cu[-1])
+    end = torch.where(real, torch.minimum(start + size, cu[which + 1]), cu[-1])
+    opens = real & (part == 0)
+    closes = real & (part == parts[which] - 1)
+    chunk = first_chunk[which] + part * (size // C if size % C == 0 else 0)
+    columns = torch.stack([start, end, which, opens.long(), closes.long(), chunk], 1)
+    return columns.int().contiguous(), first.int()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is laid out: its sizes, its segments and its chunks."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    N: int
+    decay: str
+    delta: bool
+    dtype: torch.dtype
+    device: torch.device
+    size: int  # tokens of a segment
+    segments: int
+    chunks: int
+    table: Tensor | None
+    chunk_table: Tensor | None
+    first: Tensor | None
+
+    @property
+    def split(self) -> bool:
+        return self.segments > self.N
+
+    @property
+    def precision(self) -> str:
+        return "tf32x3" if self.dtype == torch.float32 else "tf32"
+
+    def config(self, kernel: str) -> configs.Config:
+        return configs.config(
+            kernel, configs.arch(self.device), self.decay, self.delta, self.K, self.V,
+            self.dtype.itemsize,
+        )  # fmt: skip
+
+    def switches(self, **more) -> dict:
+        return {
+            "K": self.K, "V": self.V, "DECAY": NAMES[self.decay], "DELTA": self.delta,
+            "PACKED": self.table is not None, **more,
+        }  # fmt: skip
+
+
+def plan(
+    q: Tensor, k: Tensor, v: Tensor, decay, beta, cu, *, whole: bool = False, tables: bool = True
+) -> Plan:
+    """The layout of one call; the backward pass finds the same one again.
+
+    A sequence is split where its heads and value blocks alone would leave the GPU idle, never if
+    ``whole``. ``tables`` makes those of packed sequences.
+    """
+    B, T, _, K = q.shape
+    V = v.shape[3]
+    H = max(t.shape[2] for t in (q, k, v, decay, beta) if t is not None)
+    name = "none" if decay is None else "channel" if decay.dim() == 4 else "head"
+    N = B if cu is None else cu.shape[0] - 1
+    size = triton.cdiv(T, C) * C
+    if not whole:
+        arch = configs.arch(q.device)
+        c = configs.config("scan", arch, name, beta is not None, K, V, q.dtype.itemsize)
+        programs = N * H * triton.cdiv(V, c["BV"])
+        size = segment_length(T, programs, configs.processors(q.device))
+    table = chunk_table = first = None
+    if cu is None:
+        segments, chunks = B * triton.cdiv(T, size), B * triton.cdiv(T, C)
+    else:
+        segments, chunks = N + T // size, N + T // C
+        if tables:
+            table, first = slots(cu, size, segments)
+            chunk_table, _ = slots(cu, C, chunks)
+    return Plan(
+        B, T, H, K, V, N, name, beta is not None, q.dtype, q.device, size, segments, chunks,
+        table, chunk_table, first,
+    )  # fmt: skip
+
+
+def segment_length(T: int, programs: int, processors: int) -> int:
+    """Tokens of a segment: all where ``programs`` fill the GPU, else so that it is filled twice,
+    but not under 1024, where the extra pass costs more than it gives."""
+    if programs * 4 >= processors * 3:
+        return triton.cdiv(T, C) * C
+    parts = min(triton.cdiv(2 * processors, programs), max(1, T // 1024))
+    return triton.cdiv(triton.cdiv(T, parts), C) * C
+
+
+def counts(p: Plan, q, k, v, decay, beta) -> dict:
+    """Head counts of the inputs as the kernels' arguments."""
+    d = p.H if decay is None else decay.shape[2]
+    b = p.H if beta is None else beta.shape[2]
+    return {"H": p.H, "HQ": q.shape[2], "HK": k.shape[2], "HV": v.shape[2], "HD": d, "HB": b}
+
+
+def pick(sizes: dict, *names: str) -> dict:
+    return {n: sizes[n] for n in names}
+
+
+def prepared(p: Plan, q, k, decay, beta, scale: float, sizes: dict) -> dict:
+    """A, P, W, QG, KG, GC of :mod:`prepare`; those not needed are None."""
+    out: dict[str, Tensor | None] = dict.fromkeys(("A", "P", "W", "QG", "KG", "GC"))
+    channel = p.decay == "channel"
+    if not (channel or p.delta):
+        return out
+    if channel:
+        out["A"] = q.new_empty(p.B, p.T, p.H, C)
+        out["QG"] = q.new_empty(p.B, p.T, p.H, p.K)
+        out["KG"] = q.new_empty(p.B, p.T, p.H, p.K)
+        out["GC"] = q.new_empty(p.chunks, p.H, p.K, dtype=torch.float32)
+    if p.delta:
+        out["P"] = q.new_empty(p.B, p.T, p.H, C)
+        out["W"] = q.new_empty(p.B, p.T, p.H, p.K)
+    prepare[(p.chunks, p.H)](
+        q, k, decay, beta, p.chunk_table, *out.values(), scale, p.T,
+        **pick(sizes, "H", "HQ", "HK", "HD", "HB"),
+        K=p.K, C=C, DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.table is not None,
+        LIMIT=LIMITS[p.dtype], PRECISION=p.precision, INVERSE=p.precision, **p.config("prepare"),
+    )  # fmt: skip
+    return out
+
+
+def operands(p: Plan, q, k, ready: dict, sizes: dict) -> tuple[Tensor, Tensor, dict]:
+    """What the passes over time read as q and k: the gated ones for a decay per channel."""
+    if p.decay != "channel":
+        return q, k, sizes
+    return ready["QG"], ready["KG"], {**sizes, "HQ": p.H, "HK": p.H}
+
+
+def run_scan(p: Plan, q, k, v, decay, beta, ready, init, scale, sizes, **outs) -> None:
+    """One :func:`scan.scan`; the outputs that are given are written."""
+    c = p.config("scan")
+    blocks = triton.cdiv(p.V, c["BV"])
+    split = outs.get("LOCAL") is not None
+    if split and p.delta:
+        blocks += triton.cdiv(p.K, c["BV"])
+    q, k, sizes = operands(p, q, k, ready, sizes)
+    scan[(p.segments * blocks, p.H)](
+        q, k, v, decay, beta, ready["A"], ready["P"], ready["W"], ready["GC"], init, p.table,
+        *(outs.get(n) for n in ("O", "D", "HS", "FINAL", "LOCAL", "TOTAL")),
+        scale, p.T, p.size, **sizes,
+        **p.switches(
+            C=C, BK=configs.width(p.K), HAS_INIT=init is not None, OUTPUT="O" in outs,
+            KEEP="HS" in outs, END="FINAL" in outs, SPLIT=split, PRECISION=p.precision,
+        ),
+        **c,
+    )  # fmt: skip
+
+
+def run_combine(p: Plan, local, local_rows, link, link_rows, link_row, init, out, final, back):
+    c = p.config("combine")
+    combine[(p.N * triton.cdiv(p.V, c["BV"]), p.H)](
+        local, link, init, p.first, out, final, p.T, p.size, p.H,
+        **p.switches(
+            BK=configs.width(p.K), LOCAL_ROWS=local_rows, LINK_ROWS=link_rows, LINK_ROW=link_row,
+            HAS_INIT=init is not None, BACK=back, PRECISION="tf32x3",
+        ),
+        **c,
+    )  # fmt: skip
+
+
+def forward(
+    q, k, v, decay, beta, state, cu, *, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """o, the final state, and for the backward pass of a split sequence the states before its
+    segments and their transitions (empty where nothing is split)."""
+    p = plan(q, k, v, decay, beta, cu)
+    sizes = counts(p, q, k, v, decay, beta)
+    o = v.new_empty(p.B, p.T, p.H, p.V)
+    final = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
+    ready = prepared(p, q, k, decay, beta, scale, sizes)
+    args = (p, q, k, v, decay, beta, ready)
+    if not p.split:
+        run_scan(*args, state, scale, sizes, O=o, FINAL=final)
+        none = v.new_empty(0, dtype=torch.float32)
+        return o, final, none, none.clone()
+    starts, link = carried(q, k, v, decay, beta, cu)
+    rows, from_row = link_rows(p)
+    local = link if p.delta else v.new_empty(p.segments, p.H, rows, p.K, dtype=torch.float32)
+    run_scan(*args, None, scale, sizes, LOCAL=local, TOTAL=link)
+    run_combine(p, local, rows, link, rows, from_row, state, starts, final, back=False)
+    run_scan(*args, starts, scale, sizes, O=o)
+    return o, final, starts, link
+
+
+def carried(q, k, v, decay, beta, cu) -> tuple[Tensor, Tensor]:
+    """Empty tensors of the shapes of :func:`forward`'s last two results."""
+    p = plan(q, k, v, decay, beta, cu, tables=False)
+    if not p.split:
+        return v.new_empty(0, dtype=torch.float32), v.new_empty(0, dtype=torch.float32)
+    starts = v.new_empty(p.segments, p.H, p.K, p.V, dtype=torch.float32)
+    if p.delta:
+        return starts, starts.new_empty(p.segments, p.H, link_rows(p)[0], p.K)
+    return starts, starts.new_empty(p.segments, p.H, p.K if p.decay == "channel" else 1)
+
+
+def link_rows(p: Plan) -> tuple[int, int]:
+    """Rows of a segment's result, and the first of those that hold its transition."""
+    block = p.config("scan")["BV"]
+    values = triton.cdiv(p.V, block) * block
+    return values + (triton.cdiv(p.K, block) * block if p.delta else 0), values
+
+
+def backward(
+    do, dfinal, q, k, v, decay, beta, state, cu, starts, link, *, scale: float
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, decay, beta (float32, or None) and state, each with all H heads."""
+    p = plan(q, k, v, decay, beta, cu)
+    sizes = counts(p, q, k, v, decay, beta)
+    ready = prepared(p, q, k, decay, beta, scale, sizes)
+    # The states before every chunk are computed again: storing them costs more than the pass.
+    before = v.new_empty(p.chunks, p.H, p.V, p.K)
+    new = v.new_empty(p.B, p.T, p.H, p.V) if p.delta else None
+    init = starts if p.split else state
+    run_scan(p, q, k, v, decay, beta, ready, init, scale, sizes, HS=before, D=new)
+
+    ends = dfinal
+    if p.split:
+        local = v.new_empty(p.segments, p.H, p.V, p.K, dtype=torch.float32)
+        run_back(p, q, k, decay, do, ready, None, scale, sizes, LOCAL=local)
+        ends = torch.empty_like(starts)
+        rows, from_row = link_rows(p)
+        run_combine(p, local, p.V, link, rows, from_row, dfinal, ends, None, back=True)
+    after = torch.empty_like(before)
+    through = v.new_empty(p.B, p.T, p.H, p.V)
+    dstate = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
+    run_back(
+        p, q, k, decay, do, ready, ends, scale, sizes, OUT=through, HS=after, START=dstate
+    )  # fmt: skip
+    ready.clear()
+
+    dq = q.new_empty(p.B, p.T, p.H, p.K)
+    dk = torch.empty_like(dq)
+    dv = torch.empty_like(through) if p.delta else through
+    dg = db = None
+    if p.decay != "none":
+        shape = (p.B, p.T, p.H, p.K)[: decay.dim()]
+        dg = q.new_empty(shape, dtype=torch.float32)
+    if p.delta:
+        db = q.new_empty(p.B, p.T, p.H, dtype=torch.float32)
+    grads[(p.chunks, p.H)](
+        q, k, v, decay, beta, do, new, through, before, after, p.chunk_table, dq, dk, dv, dg, db,
+        scale, p.T, **sizes,
+        **p.switches(C=C, LIMIT=LIMITS[p.dtype], PRECISION=p.precision), **p.config("grads"),
+    )  # fmt: skip
+    return dq, dk, dv, dg, db, dstate
+
+
+def run_back(p: Plan, q, k, decay, do, ready, init, scale, sizes, **outs) -> None:
+    c = p.config("scan_back")
+    q, k, sizes = operands(p, q, k, ready, sizes)
+    scan_back[(p.segments * triton.cdiv(p.V, c["BV"]), p.H)](
+        q, k, decay, do, ready["A"], ready["P"], ready["W"], ready["GC"], init, p.table,
+        *(outs.get(n) for n in ("OUT", "HS", "START", "LOCAL")),
+        scale, p.T, p.size, **pick(sizes, "H", "HQ", "HK", "HD"),
+        **p.switches(
+            C=C, BK=configs.width(p.K), HAS_INIT=init is not None, SPLIT="LOCAL" in outs,
+            PRECISION=p.precision,
+        ),
+        **c,
+    )  # fmt: skip
+
+
+def steps(q, k, v, decay, beta, state, cu, *, scale: float) -> tuple[Tensor, Tensor]:
+    """The recurrent form, token by token, one launch."""
+    p = plan(q, k, v, decay, beta, cu, whole=True)
+    o = v.new_empty(p.B, p.T, p.H, p.V)
+    final = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
+    c = p.config("step")
+    step[(p.N * triton.cdiv(p.V, c["BV"]), p.H)](
+        q, k, v, decay, beta, state, p.table, o, final, scale, p.T,
+        **counts(p, q, k, v, decay, beta),
+        **p.switches(BK=configs.width(p.K), HAS_INIT=state is not None), **c,
+    )  # fmt: skip
+    return o, final
