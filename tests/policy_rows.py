@@ -7,6 +7,8 @@ A definition takes the policy and a call over all keys, and says which pairs are
 import torch
 
 from policy_kit import Row, masked, rotate
+from subquad.policies.block_topk import BlockTopK
+from subquad.policies.quest import Quest
 
 
 def places(call):
@@ -60,6 +62,30 @@ def block_topk(policy, call):
     return kept & (j <= p)
 
 
+def quest(policy, call):
+    if call.q.shape[1] > 1:
+        return streaming_all(call)
+    B, H, (p, j) = call.q.shape[0], call.q.shape[2], places(call)
+    page, last = j // policy.page, int(p) // policy.page
+    keep = torch.zeros(B, H, 1, len(j), dtype=torch.bool)
+    n = policy.budget // policy.page
+    for b in range(B):
+        bounds = torch.zeros(H, last + 1)
+        for h in range(H):
+            scores = call.q[b, 0, h] * call.layer.keys[b, :, h // 2]
+            bounds[h] = torch.stack(
+                [scores[page == c].amax(0).sum() for c in range(last + 1)]
+            )  # fmt: skip
+        if policy.variant == "frontier":
+            if policy.share:
+                bounds = bounds.view(2, 2, -1).sum(1).repeat_interleave(2, 0)
+            bounds[:, last] = torch.inf
+            n = policy.budget // policy.page + 1
+        for h in range(H):
+            keep[b, h, 0] = torch.isin(page, bounds[h].topk(min(max(n, 3), last + 1)).indices)
+    return keep
+
+
 def streaming_all(call):
     p, j = places(call)
     return everywhere(call, j <= p)
@@ -90,6 +116,38 @@ ROWS = [
         streaming_in_cache,
         pieces=(70,),
         name="window",
+    ),
+    Row(
+        "quest",
+        {"budget": 16, "page": 4, "dense_layers": 0},
+        {"budget": 96, "page": 16, "dense_layers": 1},
+        quest,
+        pieces=(30, 2, 20),
+    ),
+    Row(
+        "quest",
+        {"budget": 12, "page": 4, "variant": "frontier"},
+        {"budget": 96, "variant": "frontier"},
+        quest,
+        pieces=(64,),
+        name="frontier",
+    ),
+    Row(
+        "quest",
+        {"budget": 12, "page": 4, "variant": "frontier", "share": False},
+        {"budget": 96, "variant": "frontier", "share": False},
+        quest,
+        name="alone",
+    ),
+    Row(
+        "quest",
+        {"budget": 16},
+        {"budget": 96},
+        name="joined",
+        make=lambda budget: (
+            BlockTopK(block=8, topk=max(3, budget // 4))
+            + Quest(budget=budget, page=4, dense_layers=0)
+        ),
     ),
     Row("block_topk", {"block": 8, "topk": 3}, {"topk": 64}, block_topk, pieces=(32, 24)),
     Row(

@@ -197,6 +197,17 @@ _CARDS = (
         evidence=("facts", "golden"),
     ),
     System(
+        key="quest",
+        name="Quest",
+        paper="QUEST: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
+        arxiv="2406.10774",
+        family="sparse",
+        kind="policy",
+        home="subquad.policies.quest:Quest",
+        trains=False,
+        evidence=("facts", "golden"),
+    ),
+    System(
         key="block_topk",
         name="Block-sparse top-k",
         paper="MInference 1.0: "

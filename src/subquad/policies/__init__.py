@@ -6,6 +6,7 @@ from typing import Any
 _HOMES = {
     "BlockTopK": "subquad.policies.block_topk",
     "Policy": "subquad.policies.base",
+    "Quest": "subquad.policies.quest",
     "StreamingLLM": "subquad.policies.streaming_llm",
     "create_policy": "subquad.policies.base",
 }
