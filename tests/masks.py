@@ -60,7 +60,24 @@ def atoms(S: int) -> st.SearchStrategy[Pair]:
             lambda p, j: j in single[p // rows] or any(s <= j < s + size for s in runs[p // rows]),
         )
 
+    def bands(low: int, high: int, rows: int, keys: int, shift: int) -> Pair:
+        high = max(low, high)
+        return (
+            mask.block_band(low, high, rows, keys, shift=shift, key_shift=2),
+            lambda p, j: low <= (p + shift) // rows - (j + 2) // keys <= high,
+        )
+
+    def placed(start: int, forgot: int, size: int) -> Pair:
+        return (
+            mask.placed(
+                mask.block_band(0, 1, size), torch.tensor([start]), torch.tensor([-forgot])
+            ),
+            lambda p, j: p >= start and 0 <= (p - start) // size - (j + forgot) // size <= 1,
+        )
+
     return st.one_of(
+        st.builds(bands, st.integers(-2, 2), st.integers(-2, 3), size, size, st.integers(-5, 5)),
+        st.builds(placed, n, st.integers(0, 5), size),
         st.just((mask.causal(), lambda p, j: j <= p)),
         st.just((mask.full(), lambda p, j: True)),
         st.builds(

@@ -17,20 +17,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subquad.mask.algebra import Band, First, Mask, Strided
+from subquad.mask.algebra import Band, First, Mask, Stairs, Strided
 from subquad.mask.data import Blocks, Documents, Packed, PerHead, Spans
+from subquad.mask.grid import Neighborhood, axes
+from subquad.mask.placed import Placed
 from subquad.mask.table import Table, positive, readable
 from subquad.mask.tiles import Tiles
 
 __all__ = [
     "Mask",
     "Tiles",
+    "block_band",
     "blocks",
     "causal",
     "documents",
     "full",
+    "neighborhood",
     "packed",
     "per_head",
+    "placed",
     "prefix",
     "sinks",
     "spans",
@@ -84,6 +89,85 @@ def strided(stride: int, width: int = 1) -> Mask:
     if width > stride:
         raise ValueError(f"width must be at most stride={stride}, got {width}")
     return Strided(stride, width)
+
+
+def block_band(
+    low: int | None,
+    high: int | None,
+    size: int,
+    keys: int | None = None,
+    *,
+    shift: int = 0,
+    key_shift: int | None = None,
+) -> Mask:
+    """``low <= (p + shift) // size - (j + key_shift) // keys <= high``: a band of blocks.
+
+    ``block_band(0, 0, n)`` keeps a token's own block, ``block_band(0, 1, n)`` the one before too;
+    with ``keys=1`` the keys may be summaries of which one is made every ``size`` tokens.
+
+    Args:
+        low: least distance in blocks, None for none (join with ``causal()``).
+        high: most, None for none.
+        size: queries in a block; keys: keys in a block, ``size`` where None.
+        shift: moves the boundaries of the blocks of queries to the left; key_shift: those of the
+            keys, ``shift`` where None.
+    """
+    positive("size", size)
+    keys = size if keys is None else keys
+    positive("keys", keys)
+    return Stairs(low, high, size, keys, shift, shift if key_shift is None else key_shift)
+
+
+def neighborhood(
+    grid: Sequence[int],
+    window: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+    *,
+    tile: Sequence[int] | None = None,
+) -> Neighborhood:
+    """The nearest tokens on a grid (Hassani et al., arXiv 2403.04690 and 2504.16922).
+
+    On each axis a token sees ``window`` keys, ``dilation`` apart: centred on it, ``window // 2`` of
+    them before, and pushed inward at the ends; where ``causal``, itself and those before it.
+    ``stride`` neighbors share the window of one of them. A key is seen that is on all axes.
+
+    Args:
+        grid: the lengths of one to three axes; tokens are in row-major order.
+        window, stride, dilation, causal: one value, or one per axis.
+        tile: order the tokens by tiles instead (see ``Neighborhood.order``), so that a kernel's
+            tiles hold neighbors.
+
+    Raises:
+        ValueError: unless 2 <= window, 1 <= stride <= window, window * dilation <= length.
+    """
+    made = axes(grid, window, stride, dilation, causal)
+    if tile is not None:
+        tile = tuple(tile)
+        if len(tile) != len(made) or min(tile) < 1:
+            raise ValueError(f"tile must be {len(made)} positive sizes, got {tile}")
+    return Neighborhood(made, tile)
+
+
+def placed(part: Mask, queries: Tensor, keys: Tensor | None = None) -> Mask:
+    """``part`` counted from each row's own start: for rows padded on the left, and for a state that
+    forgot its first tokens.
+
+    Args:
+        part: over tokens counted from 0.
+        queries: int ``[B]`` or ``[1]``, the position that counts as the query 0 of each row. What
+            lies before it is padding, which sees nothing and is seen by nobody; it is negative
+            where the row's first tokens are no longer there.
+        keys: the same for keys; as queries where None.
+    """
+    keys = queries if keys is None else keys
+    for name, t in (("queries", queries), ("keys", keys)):
+        if t.dim() != 1 or t.is_floating_point() or t.dtype == torch.bool:
+            raise ValueError(f"{name} must be int [B], got {t.dtype} of {list(t.shape)}")
+    if len(queries) != len(keys):
+        raise ValueError(f"keys must place {len(queries)} rows, got {len(keys)}")
+    return Placed(part, Table(queries), Table(keys))
 
 
 def documents(ids: Tensor | Sequence[int]) -> Mask:

@@ -216,6 +216,42 @@ class Strided(Mask):
         return [(rect[0] - rect[2]) % self.stride]
 
 
+@dataclass(frozen=True)
+class Stairs(Mask):
+    """``lo <= (p + a) // rows - (j + b) // keys <= hi``; None leaves a side open."""
+
+    lo: int | None
+    hi: int | None
+    rows: int
+    keys: int
+    a: int
+    b: int
+
+    def spec(self):
+        return "stairs", self.lo, self.hi, self.rows, self.keys, self.a, self.b
+
+    def _steps(self, p, j):
+        return (p + self.a) // self.rows, (j + self.b) // self.keys
+
+    def at(self, p, j):
+        return Band(self.lo, self.hi).at(*self._steps(p, j))
+
+    def _bounds(self, rect):
+        (p0, j0), (p1, j1) = self._steps(rect[0], rect[2]), self._steps(rect[1], rect[3])
+        return Band(self.lo, self.hi)._bounds((p0, p1, j0, j1))
+
+    def _signature(self, rect):
+        p, j = self._steps(rect[0], rect[2])
+        return [p - j, (rect[0] + self.a) % self.rows, (rect[2] + self.b) % self.keys]
+
+    def key_range(self, first, last, S):
+        first, last = (first + self.a) // self.rows, (last + self.a) // self.rows
+        low = 0 if self.hi is None else (first - self.hi) * self.keys - self.b
+        high = S if self.lo is None else (last - self.lo + 1) * self.keys - self.b
+        low, high = min(max(low, 0), S), min(max(high, 0), S)
+        return low, max(low, high)
+
+
 def plane_of(mask: Mask, planes: tuple[int, int], b: int, h: int) -> Mask:
     """The plane of ``mask`` at ``(b, h)`` of ``planes``, which its own planes divide."""
     batch, heads = mask.planes
@@ -337,4 +373,8 @@ def from_spec(spec: Any) -> Mask:
         return And(parts) if name == "and" else Or(parts)
     if name == "not":
         return Not(from_spec(rest[0]))
-    return {"band": Band, "first": First, "strided": Strided}[name](*rest)
+    if name == "neighborhood":
+        from subquad.mask.grid import Neighborhood
+
+        return Neighborhood(*rest)
+    return {"band": Band, "first": First, "stairs": Stairs, "strided": Strided}[name](*rest)
