@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
+    from subquad.bench.progress import Display
     from subquad.catalogue import System
 
 app = typer.Typer(
@@ -58,10 +61,11 @@ def list_(
 ) -> None:
     """The systems of the catalogue."""
     from subquad import catalogue
-    from subquad.ops import checks
 
     for name, asked in (("kind", kind), ("family", family)):
         if asked is not None:
+            from subquad.ops import checks
+
             checks.one_of(name, asked, sorted({getattr(c, name) for c in catalogue.systems()}))
     cards = catalogue.systems(kind=kind, family=family)
     if as_json:
@@ -91,6 +95,7 @@ def show(
     from subquad import catalogue
 
     card = catalogue.system(key)
+    costs = _costs(card, option, dim) if card.kind == "mixer" else None
     console = _console()
     facts = Table(show_header=False, box=None, pad_edge=False)
     facts.add_row("paper", card.paper)
@@ -102,8 +107,8 @@ def show(
     facts.add_row("shown", ", ".join(card.evidence))
     console.print(f"[bold]{card.name}[/bold] ({card.key})")
     console.print(facts)
-    if card.kind == "mixer":
-        console.print(_costs(card, option, dim))
+    if costs is not None:
+        console.print(costs)
     page = _page(key)
     if page is not None:
         console.print()
@@ -181,22 +186,34 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
+@contextmanager
+def _progress(console: Console) -> Iterator[Display]:
+    """Progress of training; stopping it, or a loss that diverges, is no traceback."""
+    from subquad.bench.progress import Display
+    from subquad.train import NonFiniteLoss
+
+    try:
+        with Display(console) as display:
+            yield display
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+    except NonFiniteLoss as error:
+        raise ValueError(str(error)) from None
+
+
 @app.command()
 def compare(
     mixers: Annotated[
         str | None,
-        typer.Option(help="Models: softmax,gla[heads=2],hybrid:3,small=gated_deltanet*3 softmax"),
+        typer.Option(help="Models: softmax,gla\\[heads=2],hybrid:3,mine=gated_deltanet*3 softmax"),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks: mqar[pairs=8],text")] = None,
-    preset: Annotated[str, typer.Option(help="Where all else comes from.")] = "demo",
+    tasks: Annotated[str | None, typer.Option(help="Tasks: mqar\\[pairs=8],text")] = None,
+    preset: Annotated[str, typer.Option(help="What else is not given.")] = "default",
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences a step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    dim: Annotated[int | None, typer.Option(help="Width of the models.")] = None,
-    depth: Annotated[int | None, typer.Option(help="Layers of the models.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Heads of every mixer.")] = None,
-    mlp_dim: Annotated[int | None, typer.Option(help="MLP of the largest entry.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of weights and batches.")] = None,
+    set_: Annotated[
+        str, typer.Option("--set", help="More: dim=64,depth=4,heads=1,batch=32,lr=2e-3,seed=0,...")
+    ] = "",
     text: Annotated[str | None, typer.Option(help="A file or folder for the task text.")] = None,
     lengths: Annotated[str | None, typer.Option(help="Timed: 256,4096; none: 0.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
@@ -206,29 +223,27 @@ def compare(
 
     Stopped at any time, the same command goes on. Writes results.json and report.html.
     """
-    from dataclasses import replace
-
     from subquad.bench import compare as bench
     from subquad.bench import report, spec
-    from subquad.bench.progress import Display
     from subquad.ops import checks
 
     checks.one_of("preset", preset, bench.PRESETS)
+    more = spec.options(set_)
+    for name in more:
+        checks.one_of("set", name, [f.name for f in fields(bench.Comparison)])
     given: dict[str, Any] = {
         "mixers": mixers and tuple(spec.listed(mixers)),
         "tasks": tasks and tuple(spec.listed(tasks)),
-        "lengths": lengths and tuple(int(T) for T in spec.listed(lengths) if T != "0"),
-        **{"steps": steps, "batch": batch, "lr": lr, "dim": dim, "depth": depth, "heads": heads},
-        **{"mlp_dim": mlp_dim, "seed": seed, "device": device, "text": text},
+        "lengths": lengths and tuple(spec.value(T) for T in spec.listed(lengths) if T != "0"),
+        "steps": steps,
+        "text": text,
+        "device": device,
     }
-    chosen = replace(bench.PRESETS[preset], **{k: v for k, v in given.items() if v is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    chosen = replace(bench.PRESETS[preset], **{**more, **given})
     console = _console()
-    try:
-        with Display(console) as display:
-            results = bench.compare(chosen, out, display)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        raise typer.Exit(130) from None
+    with _progress(console) as display:
+        results = bench.compare(chosen, out, display)
     console.print(report.table(results))
     path = report.write(results, out / "report.html")
     console.print(f"{results.path}\n{path}", soft_wrap=True)
@@ -237,7 +252,7 @@ def compare(
 @app.command()
 def train(
     model: Annotated[str, typer.Argument(help="E.g. gla, 'gated_deltanet*3 softmax', hybrid:6.")],
-    task: Annotated[str, typer.Option(help="E.g. text, mqar[pairs=8].")] = "text",
+    task: Annotated[str, typer.Option(help="E.g. text, mqar\\[pairs=8].")] = "text",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 16,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
@@ -245,44 +260,25 @@ def train(
     depth: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Folder of checkpoints and model.")] = Path(
-        "runs/train"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of checkpoints and model.")] = Path("runs/one"),
 ) -> None:
     """Train one model on one task; stopped at any time, the same command goes on.
 
     The trained model goes to OUT/model, for AutoModelForCausalLM.
     """
-    import torch
-
     from subquad import tasks
     from subquad import train as training
     from subquad.bench import spec
-    from subquad.bench.progress import Display
-    from subquad.models.causal_lm import CausalLM
+    from subquad.bench.match import build
 
     name, options = spec.named(task)
     made = tasks.create_task(name, **options)
-    torch.manual_seed(seed)
-    lm = CausalLM(spec.model(model, vocab_size=made.vocab_size, dim=dim, depth=depth))
-    lm.to(torch.device(device))
+    lm = build(spec.model(model, vocab_size=made.vocab_size, dim=dim, depth=depth), seed, device)
     config = training.TrainConfig(steps=steps, batch=batch, lr=lr, seed=seed)
     console = _console()
-    try:
-        with Display(console) as display:
-            display(
-                {
-                    "cells": 1,
-                    "cell": f"{model} on {task}",
-                    "index": 0,
-                    "total": steps,
-                    "done": False,
-                }
-            )
-            found = training.train(lm, made, config, out=out, progress=display)
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
-        raise typer.Exit(130) from None
+    with _progress(console) as display:
+        display.start(f"{model} on {task}", steps)
+        found = training.train(lm, made, config, out=out, progress=display)
     lm.save_pretrained(out / "model")
     console.print(f"{made.metric} {found.evals[-1][made.metric]:.4f}, saved in {out / 'model'}")
 

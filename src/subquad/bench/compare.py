@@ -8,20 +8,18 @@ training checkpoint, a finished one is kept as long as nothing that it depends o
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subquad import catalogue
 from subquad.bench import spec
+from subquad.bench.match import build, check_device, matched, parameters
 from subquad.bench.results import Results, machine
 from subquad.ops import checks
 
 if TYPE_CHECKING:
-    from subquad.models.causal_lm import CausalLM
     from subquad.models.config import CausalLMConfig
     from subquad.tasks.base import Task
     from subquad.train import TrainConfig
@@ -42,6 +40,7 @@ class Comparison:
             default.
         mlp_dim: inner width of the MLP of the largest entry; the others get wider ones, so that
             all have equally many parameters (within 2%).
+        init_std: deviation of the initial weights.
         steps, batch, lr, warmup, weight_decay: of training.
         eval_every, eval_batches: how often, and on how many held-out batches, to evaluate.
         seed: of weights and batches.
@@ -57,6 +56,7 @@ class Comparison:
     depth: int = 4
     heads: int | None = None
     mlp_dim: int = 128
+    init_std: float = 0.02
     steps: int = 500
     batch: int = 32
     lr: float = 2e-3
@@ -75,8 +75,10 @@ class Comparison:
             checks.positive(name, getattr(self, name))
         if not self.mixers:
             raise ValueError("mixers must name at least one model, got none")
-        if list(self.lengths) != sorted(set(self.lengths)) or min(self.lengths, default=1) < 1:
-            raise ValueError(f"lengths must be positive and rising, got {list(self.lengths)}")
+        for T in self.lengths:
+            checks.positive("lengths", T)
+        if list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError(f"lengths must be rising, got {list(self.lengths)}")
         labels = [label for label, _ in self.entries()]
         if len(set(labels)) < len(labels):
             raise ValueError(f"mixers must have different labels, got {labels}")
@@ -91,11 +93,28 @@ class Comparison:
         return out
 
 
+# Every entry has a short convolution somewhere: without one, a transformer of this size needs ten
+# times the steps before it recalls anything.
 DEMO = Comparison(
-    mixers=("softmax", "based=based[feature_dim=8,window=16]", "gated_deltanet", "hybrid:3"),
-    tasks=("mqar", "text"),
+    mixers=(
+        "softmax=base_conv softmax",
+        "based=based[feature_dim=8,window=8]",
+        "gated_deltanet=gated_deltanet[head_dim=24]",
+        "hybrid:3=gated_deltanet[head_dim=24]*3 softmax",
+    ),
+    tasks=(
+        "mqar[vocab_size=64,length=32,pairs=8]",
+        "text[length=128,batch=8,steps=200]",
+    ),
+    heads=1,
+    init_std=0.045,
+    lr=3e-3,
+    lengths=(256, 1024, 4096, 8192),
 )
-PRESETS = {"demo": DEMO}
+PRESETS = {
+    "default": Comparison(mixers=("softmax", "based", "gated_deltanet", "hybrid:3")),
+    "demo": DEMO,
+}
 
 
 def compare(comparison: Comparison, out: Path, progress: Progress | None = None) -> Results:
@@ -110,6 +129,7 @@ def compare(comparison: Comparison, out: Path, progress: Progress | None = None)
     Raises:
         ValueError: for names, options and sizes that do not fit, before any training.
     """
+    check_device(comparison.device)
     tell = progress or (lambda event: None)
     results = Results.load(out / "results.json")
     cells = list(_cells(comparison))
@@ -159,11 +179,24 @@ def _cells(comparison: Comparison) -> Iterator[_Cell]:
         if name == "text" and comparison.text is not None:
             options.setdefault("path", comparison.text)
         task = create_task(name, **options)
-        for label, model in matched(comparison, task.vocab_size).items():
+        for label, model in _models(comparison, task.vocab_size).items():
             yield _train_cell(label, name, task, model, config, comparison)
     if comparison.lengths:
-        for label, model in matched(comparison, 256).items():
+        for label, model in _models(comparison, 256).items():
             yield _speed_cell(label, model, comparison)
+
+
+def _models(comparison: Comparison, vocab_size: int) -> dict[str, CausalLMConfig]:
+    """Each entry's model for a vocabulary, all of one size."""
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "dim": comparison.dim,
+        "depth": comparison.depth,
+        "mlp_dim": comparison.mlp_dim,
+        "init_std": comparison.init_std,
+        "tie_embeddings": True,
+    }
+    return matched(comparison.entries(), heads=comparison.heads, **sizes)
 
 
 def _training(
@@ -179,62 +212,6 @@ def _training(
     return TrainConfig(**{**shared, **own}), rest
 
 
-def matched(comparison: Comparison, vocab_size: int) -> dict[str, CausalLMConfig]:
-    """Each entry's configuration, with the MLP widened until all have equally many parameters."""
-    configs = {}
-    for label, model in comparison.entries():
-        config = spec.model(
-            model,
-            vocab_size=vocab_size,
-            dim=comparison.dim,
-            depth=comparison.depth,
-            mlp_dim=comparison.mlp_dim,
-            tie_embeddings=True,
-        )
-        configs[label] = _with_heads(config, comparison.heads)
-    counts = {label: parameters(config) for label, config in configs.items()}
-    target = max(counts.values())
-    for label, config in configs.items():
-        missing = target - counts[label]
-        config.mlp_dim = comparison.mlp_dim + round(missing / (3 * config.dim * config.depth))
-        found = parameters(config)
-        if abs(found - target) > 0.02 * target:
-            raise ValueError(
-                f"{label} has {found:,} parameters where {target:,} are wanted; "
-                "a larger dim or depth lets the MLP match them"
-            )
-    return configs
-
-
-def _with_heads(config: CausalLMConfig, heads: int | None) -> CausalLMConfig:
-    if heads is None:
-        return config
-    for alias in set(config.pattern):
-        key, options = config.mixer(alias)
-        if "heads" in inspect.signature(catalogue.system(key).load()).parameters:
-            config.mixers[alias] = {"mixer": key, "heads": heads, **options}
-    return config
-
-
-def parameters(config: CausalLMConfig) -> int:
-    """The model's parameters, counted without allocating them."""
-    import torch
-
-    from subquad.models.causal_lm import CausalLM
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in CausalLM(config).parameters())
-
-
-def build(config: CausalLMConfig, comparison: Comparison) -> CausalLM:
-    import torch
-
-    from subquad.models.causal_lm import CausalLM
-
-    torch.manual_seed(comparison.seed)
-    return CausalLM(config).to(torch.device(comparison.device))
-
-
 def _train_cell(
     label: str,
     name: str,
@@ -246,7 +223,7 @@ def _train_cell(
     def measure(folder: Path, tell: Progress) -> dict[str, Any]:
         from subquad.train import train
 
-        lm = build(model, comparison)
+        lm = build(model, comparison.seed, comparison.device)
         found = train(lm, task, config, out=folder, progress=tell)
         return {
             "kind": "train",
@@ -279,7 +256,7 @@ def _speed_cell(label: str, model: CausalLMConfig, comparison: Comparison) -> _C
     def measure(folder: Path, tell: Progress) -> dict[str, Any]:
         from subquad.bench.measure import over_lengths
 
-        lm = build(model, comparison).eval()
+        lm = build(model, comparison.seed, comparison.device).eval()
         found = over_lengths(lm, lengths, budget=comparison.budget, progress=tell)
         return {"kind": "speed", "entry": label, "parameters": parameters(model), **found}
 

@@ -39,6 +39,7 @@ class Display:
     def __exit__(self, *error: object) -> None:
         if error[0] is None:
             self._close()
+            self._progress.update(self._whole, completed=self._progress.tasks[0].total)
         self._progress.stop()
 
     def __call__(self, event: dict[str, Any]) -> None:

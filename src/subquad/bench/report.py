@@ -159,23 +159,20 @@ def _column(title: str, values: dict[str, float], shown: Any, higher: bool | Non
 
 
 def table(results: Results) -> Any:
-    """The summary as a rich table: a row an entry."""
+    """The summary as a rich table: a row a figure, a column an entry, the best in green."""
     from rich import box
     from rich.markup import escape as plain
     from rich.table import Table
 
-    shown = columns(results)
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     out.add_column("")
-    for column in shown:
-        out.add_column(column.title, justify="right")
     for entry in results.order:
-        cells = [column.shown.get(entry, "-") for column in shown]
-        marked = [
-            f"[bold green]{text}[/]" if column.best == entry else text
-            for column, text in zip(shown, cells, strict=True)
-        ]
-        out.add_row(f"[bold]{plain(entry)}[/]", *marked)
+        out.add_column(plain(entry), justify="right")
+    for column in columns(results):
+        shown = {entry: column.shown.get(entry, "-") for entry in results.order}
+        if column.best in shown:
+            shown[column.best] = f"[bold green]{shown[column.best]}[/]"
+        out.add_row(column.title, *shown.values())
     return out
 
 

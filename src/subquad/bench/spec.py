@@ -131,6 +131,7 @@ def mask(text: str) -> Mask:
 def _mask(node: ast.expr) -> Mask:
     from subquad import mask
 
+    arguments: list[ast.expr] = []
     match node:
         case ast.BinOp(left, ast.BitAnd(), right):
             return _mask(left) & _mask(right)
@@ -139,7 +140,7 @@ def _mask(node: ast.expr) -> Mask:
         case ast.UnaryOp(ast.Invert(), operand):
             return ~_mask(operand)
         case ast.Name(name):
-            call, arguments = name, []
+            call = name
         case ast.Call(ast.Name(name), arguments, []):
             call = name
         case _:

@@ -1,0 +1,94 @@
+"""Models of equal size, from their names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from subquad import catalogue
+from subquad.bench import spec
+from subquad.ops import checks
+
+if TYPE_CHECKING:
+    from subquad.models.causal_lm import CausalLM
+    from subquad.models.config import CausalLMConfig
+
+TOLERANCE = 0.02
+
+
+def matched(
+    entries: Iterable[tuple[str, str]], *, heads: int | None = None, mlp_dim: int, **sizes: Any
+) -> dict[str, CausalLMConfig]:
+    """The configuration of each (label, model), their MLPs widened to equal parameter counts.
+
+    Args:
+        entries: labels and models as :mod:`subquad.bench.spec` names them.
+        heads: of every mixer that has heads and is not given another number.
+        mlp_dim: of the largest model; the others get wider ones.
+        **sizes: of :class:`~subquad.models.config.CausalLMConfig`, for all.
+
+    Raises:
+        ValueError: if the counts cannot be brought within 2%.
+    """
+    configs = {
+        label: _with_heads(spec.model(model, mlp_dim=mlp_dim, **sizes), heads)
+        for label, model in entries
+    }
+    counts = {label: parameters(config) for label, config in configs.items()}
+    target = max(counts.values())
+    for label, config in configs.items():
+        config.mlp_dim = mlp_dim + round((target - counts[label]) / (3 * config.dim * config.depth))
+        found = parameters(config)
+        if abs(found - target) > TOLERANCE * target:
+            raise ValueError(
+                f"{label} has {found:,} parameters where {target:,} are wanted; "
+                "a larger dim or mlp_dim lets the MLP match them"
+            )
+    return configs
+
+
+def _with_heads(config: CausalLMConfig, heads: int | None) -> CausalLMConfig:
+    if heads is None:
+        return config
+    for alias in set(config.pattern):
+        key, options = config.mixer(alias)
+        if "heads" in inspect.signature(catalogue.system(key).load()).parameters:
+            config.mixers[alias] = {"mixer": key, "heads": heads, **options}
+    return config
+
+
+def parameters(config: CausalLMConfig) -> int:
+    """The model's parameters, counted without allocating them."""
+    import torch
+
+    from subquad.models.causal_lm import CausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in CausalLM(config).parameters())
+
+
+def build(config: CausalLMConfig, seed: int, device: str) -> CausalLM:
+    """A model with fresh weights.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    import torch
+
+    from subquad.models.causal_lm import CausalLM
+
+    check_device(device)
+    torch.manual_seed(seed)
+    model = CausalLM(config)
+    torch.nn.Module.to(model, device)
+    return model
+
+
+def check_device(device: str) -> None:
+    """Refuse what is neither the CPU nor a GPU that is there."""
+    import torch
+
+    checks.one_of("device", device, ("cpu", "cuda"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device must be 'cpu' here, got 'cuda' and no GPU is to be seen")
