@@ -18,18 +18,20 @@ import torch
 from torch import Tensor
 
 from subquad.mask.algebra import Band, First, Mask, Stairs, Strided
-from subquad.mask.data import Blocks, Documents, Packed, PerHead, Spans
+from subquad.mask.data import Blocks, Documents, Packed, PerHead, Spans, choice
 from subquad.mask.grid import Neighborhood, axes
 from subquad.mask.placed import Placed
 from subquad.mask.table import Table, positive, readable
 from subquad.mask.tiles import Tiles
 
 __all__ = [
+    "Band",
     "Mask",
     "Tiles",
     "block_band",
     "blocks",
     "causal",
+    "choice",
     "documents",
     "full",
     "neighborhood",

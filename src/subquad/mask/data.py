@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from subquad.mask.algebra import Mask, Rect, plane_of
+from subquad.mask.algebra import And, Band, Mask, Rect, plane_of
 from subquad.mask.table import Table, readable
 
 
@@ -108,9 +108,11 @@ class Packed(Mask):
 
 
 class Chosen(Mask):
-    """Keys listed for every row of queries (``rows`` of them share a list)."""
+    """Keys listed for every row of queries: ``rows`` of them share a list, of ``size`` keys an
+    entry."""
 
     rows: int
+    size: int
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -267,3 +269,14 @@ def _cells(
     sums = torch.zeros(R + 1, C + 1, dtype=torch.int32, device=device)
     sums[1:, 1:] = kept.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
     return kept, sums
+
+
+def choice(mask: Mask | None) -> tuple[Chosen, bool] | None:
+    """The lists of keys and whether causality cuts them, if that is all that the mask says."""
+    if isinstance(mask, (Blocks, Spans)):
+        return mask, False
+    if isinstance(mask, And) and len(mask.parts) == 2:
+        for chosen, rest in (mask.parts, mask.parts[::-1]):
+            if isinstance(chosen, (Blocks, Spans)) and rest == Band(0, None):
+                return chosen, True
+    return None

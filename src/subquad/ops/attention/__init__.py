@@ -12,14 +12,14 @@ from __future__ import annotations
 from typing import Literal, overload
 
 # Not `import torch`: the submodule of that name takes its place in this package once it is loaded.
-from torch import Tensor, float32, is_grad_enabled
+from torch import Tensor, bfloat16, float16, float32, is_grad_enabled
 from torch import dtype as DType
 
 from subquad import mask as masks
 from subquad.mask import Mask
 from subquad.ops import checks
 from subquad.ops.attention.combine import merge
-from subquad.ops.backend import Backend, Request, choose
+from subquad.ops.backend import Backend, Request, choose, interpreted
 
 __all__ = ["BACKENDS", "attention", "merge", "request"]
 
@@ -36,12 +36,30 @@ def _sdpa(request: Request) -> tuple[bool, str]:
     return False, "a sparse mask would be a dense tensor to it"
 
 
+def _triton(request: Request) -> tuple[bool, str]:
+    sizes = request.sizes
+    if request.device != "cuda" and not interpreted():
+        return False, "needs a CUDA GPU, or TRITON_INTERPRET=1"
+    if request.dtype not in (float16, bfloat16, float32):
+        return False, f"computes in float32, not for {request.dtype}"
+    if max(sizes["K"], sizes["V"]) > 256:
+        return False, "head dims up to 256"
+    if 0 in sizes.values():
+        return False, "nothing to compute"
+    if sizes["T"] <= FEW and "mask:chosen" not in request.traits:
+        return False, "a few queries over a mask need no tiles"
+    return True, "block-sparse kernels"
+
+
 def _torch(request: Request) -> tuple[bool, str]:
     return True, "takes every mask, on every device"
 
 
+FEW = 8  # up to this many queries are one product with the keys they may see
+
 BACKENDS = (
     Backend("sdpa", _sdpa, "subquad.ops.attention.sdpa:attention"),
+    Backend("triton", _triton, "subquad.ops.attention.triton.op:attention"),
     Backend("torch", _torch, "subquad.ops.attention.torch:attention"),
     Backend("reference", _torch, "subquad.ops.attention.reference:attention"),
 )
@@ -50,7 +68,9 @@ BACKENDS = (
 def _kind(mask: Mask | None) -> str:
     if mask is None or mask == masks.full():
         return "none"
-    return "causal" if mask == masks.causal() else "sparse"
+    if mask == masks.causal():
+        return "causal"
+    return "chosen" if masks.choice(mask) else "sparse"
 
 
 def request(

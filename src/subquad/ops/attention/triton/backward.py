@@ -1,0 +1,313 @@
+"""The backward kernels: probabilities are made again from lse, never stored.
+
+    P = exp(s - lse),  dS = P * (do v^T - delta),  delta = sum(do * o) - dlse
+    dq = scale dS k,   dk = scale dS^T q,          dv = P^T do
+
+``lse`` arrives in base 2, +inf for rows without keys, so that their P is 0. Scores for dk and dv
+are computed transposed from the start: no product is ever turned round.
+"""
+
+import triton
+import triton.language as tl
+
+from subquad.ops.attention.triton.walk import (
+    columns_of,
+    kept,
+    keys,
+    plane_of,
+    queries,
+    rows_of,
+    steps,
+)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def prepare(
+    O, DO, LSE, DLSE, DELTA, LSE2, rows, T, H, sot, soh, sob, sdt, sdh, sdb,
+    V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """delta and lse in base 2, float32 ``[B,T,H]``; O and DO with any strides but the last."""
+    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    exists = r < rows
+    v = tl.arange(0, BV)
+    there = exists[:, None] & (v < V)[None, :]
+    b, t, h = r // (T * H), r // H % T, r % H
+    o = tl.load(O + (b * sob + t * sot + h * soh)[:, None] + v[None, :], mask=there, other=0.0)
+    do = tl.load(DO + (b * sdb + t * sdt + h * sdh)[:, None] + v[None, :], mask=there, other=0.0)
+    lse = tl.load(LSE + r, mask=exists, other=0.0)
+    dlse = tl.load(DLSE + r, mask=exists, other=0.0)
+    seen = lse != float("-inf")
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - tl.where(seen, dlse, 0.0)
+    tl.store(DELTA + r, delta, mask=exists)
+    tl.store(LSE2 + r, tl.where(seen, lse * LOG2E, float("inf")), mask=exists)
+
+
+@triton.jit
+def _by_query(
+    dq, q, do, lse, delta, m_local, p, K_, V_, stride_k, stride_v, ENTRY, PATTERN, TABLE, a, c, S,
+    scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    for i in range(steps(a, c, BN, SIZE)):
+        key, there, e, place = keys(ENTRY, i, a, c, BN, SIZE, UNIT)
+        there = there & (key < S)
+        k = columns_of(K_, key, there, stride_k, K, BK, MASKED)
+        v = columns_of(V_, key, there, stride_v, V, BV, MASKED)
+        s = tl.dot(q, k, input_precision=PRECISION) * scale - lse[:, None]
+        if MASKED:
+            n_local = place + tl.arange(0, BN)
+            keep = kept(
+                m_local[:, None], p[:, None], n_local[None, :], key[None, :], S,
+                PATTERN, TABLE, e, TILE, KIND,
+            )  # fmt: skip
+            s = tl.where(keep & there[None, :], s, float("-inf"))
+        w = tl.exp2(s)
+        dw = tl.dot(do, v, input_precision=PRECISION)
+        ds = w * (dw - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def grad_q(
+    Q, K_, V_, DO, LSE2, DELTA, DQ,
+    LO, MID, HI, ENTRY, PATTERN, TABLE, CLO, CHI, CENTRY, PLANE,
+    scale, T, S, offset, first, shift, rows, H, G, NB, NH,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BQ: tl.constexpr, HG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PER_ROW: tl.constexpr, SIZE: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq: one program for BQ queries of HG heads that share a list. DQ is contiguous."""
+    row = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // (H // HG)
+    h = tl.program_id(1) % (H // HG) * HG
+    m = tl.arange(0, BM)
+    token, exists = queries(row, m, first, shift, T, BQ, HG)
+    head = h + m % HG
+    p = token + offset
+    m_local = (first + row) * BQ % PER_ROW + m // HG
+    q_at = token.to(tl.int64) * sqt + head * sqh
+    d_at = token.to(tl.int64) * sdt + head * sdh
+    q = rows_of(Q + b.to(tl.int64) * sqb, q_at, exists, 1, K, BK, True)
+    do = rows_of(DO + b.to(tl.int64) * sdb, d_at, exists, 1, V, BV, True)
+    at = (b.to(tl.int64) * T + token) * H + head
+    lse = tl.load(LSE2 + at, mask=exists, other=float("inf"))
+    delta = tl.load(DELTA + at, mask=exists, other=0.0)
+    g = h // (H // G)
+    K_ += b.to(tl.int64) * skb + g * skh
+    V_ += b.to(tl.int64) * svb + g * svh
+    own = plane_of(PLANE, b, h, H, NB, NH) * rows + (first + row) * BQ // PER_ROW
+    lo, mid, hi = tl.load(LO + own), tl.load(MID + own), tl.load(HI + own)
+
+    dq = tl.zeros([BM, BK], tl.float32)
+    log2_scale = scale * LOG2E
+    if SIZE % BN == 0:
+        dq = _by_query(
+            dq, q, do, lse, delta, m_local, p, K_, V_, skt, svt, ENTRY, PATTERN, TABLE, lo, mid, S,
+            log2_scale, K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, False, PRECISION,
+        )  # fmt: skip
+    else:
+        mid = lo
+    dq = _by_query(
+        dq, q, do, lse, delta, m_local, p, K_, V_, skt, svt, ENTRY, PATTERN, TABLE, mid, hi, S,
+        log2_scale, K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, True, PRECISION,
+    )  # fmt: skip
+    if COLUMNS:
+        dq = _by_query(
+            dq, q, do, lse, delta, m_local, p, K_, V_, skt, svt, CENTRY, PATTERN, TABLE,
+            tl.load(CLO + own), tl.load(CHI + own), S,
+            log2_scale, K, V, BK, BV, BN, 1, 1, SIZE, KIND, True, PRECISION,
+        )  # fmt: skip
+    d = tl.arange(0, BK)
+    tl.store(
+        DQ + at[:, None] * K + d[None, :], (dq * scale).to(DQ.dtype.element_ty),
+        mask=exists[:, None] & (d < K)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def _pairs(q, do, lse, delta, k, v, keep, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """P^T and dS^T ``[BN,BM]`` of queries ``q [BK,BM]`` and keys ``k [BN,BK]``."""
+    s = tl.dot(k, q, input_precision=PRECISION) * scale - lse[None, :]
+    if MASKED:
+        s = tl.where(keep, s, float("-inf"))
+    w = tl.exp2(s)
+    dw = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    return w.to(do.dtype), (w * (dw - delta[None, :])).to(q.dtype)
+
+
+@triton.jit
+def _by_key(
+    dk, dv, k, v, key, n_local, Q, DO, LSE2, DELTA, ROW, PATTERN, TABLE, a, c, h, shift,
+    T, S, H, sqt, sqh, sdt, sdh, offset, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
+    HG: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The rows of queries listed in ``a..c`` added to dk and dv."""
+    EACH: tl.constexpr = PER_ROW * HG
+    m = tl.arange(0, BM)
+    for i in range(tl.cdiv((c - a) * EACH, BM)):
+        if EACH % BM == 0:
+            e = a + i // (EACH // BM)
+            row = tl.load(ROW + e)
+            inside = (i % (EACH // BM)) * BM + m
+            exists = m >= 0
+        else:
+            e = a + (i * BM + m) // EACH
+            exists = e < c
+            row = tl.load(ROW + e, mask=exists, other=0)
+            inside = (i * BM + m) % EACH
+        m_local = inside // HG
+        token = row * PER_ROW + m_local - shift
+        exists = exists & (token >= 0) & (token < T)
+        head = h + inside % HG
+        keep = exists[None, :] & (key < S)[:, None]
+        if MASKED:
+            keep = keep & kept(
+                m_local[None, :], (token + offset)[None, :], n_local[:, None], key[:, None], S,
+                PATTERN, TABLE, e, TILE, KIND,
+            )  # fmt: skip
+        q_at = token.to(tl.int64) * sqt + head * sqh
+        d_at = token.to(tl.int64) * sdt + head * sdh
+        at = token.to(tl.int64) * H + head
+        q = columns_of(Q, q_at, exists, 1, K, BK, True)
+        do = rows_of(DO, d_at, exists, 1, V, BV, True)
+        lse = tl.load(LSE2 + at, mask=exists, other=float("inf"))
+        delta = tl.load(DELTA + at, mask=exists, other=0.0)
+        w, ds = _pairs(q, do, lse, delta, k, v, keep, scale, MASKED, PRECISION)
+        dv = tl.dot(w, do, dv, input_precision=PRECISION)
+        dk = tl.dot(ds, tl.trans(q), dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def grad_kv(
+    Q, K_, V_, DO, LSE2, DELTA, DK, DV, LO, MID, HI, ROW, PATTERN, TABLE, PLANE,
+    scale, T, S, offset, shift, blocks, H, G, NB, NH,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PER_ROW: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv: one program for BN keys of one head of keys, over the rows of queries that see
+    their block. DK and DV are contiguous."""
+    block = tl.program_id(0) // (SIZE // BN)
+    b = tl.program_id(1) // G
+    g = tl.program_id(1) % G
+    n_local = tl.program_id(0) % (SIZE // BN) * BN + tl.arange(0, BN)
+    key = block * SIZE + n_local
+    there = key < S
+    k = rows_of(K_ + b.to(tl.int64) * skb + g * skh, key, there, skt, K, BK, True)
+    v = rows_of(V_ + b.to(tl.int64) * svb + g * svh, key, there, svt, V, BV, True)
+    Q += b.to(tl.int64) * sqb
+    DO += b.to(tl.int64) * sdb
+    LSE2 += b.to(tl.int64) * T * H
+    DELTA += b.to(tl.int64) * T * H
+    dk = tl.zeros([BN, BK], tl.float32)
+    dv = tl.zeros([BN, BV], tl.float32)
+    log2_scale = scale * LOG2E
+    for j in range(H // G // HG):
+        h = g * (H // G) + j * HG
+        own = plane_of(PLANE, b, h, H, NB, NH) * blocks + block
+        lo, mid, hi = tl.load(LO + own), tl.load(MID + own), tl.load(HI + own)
+        dk, dv = _by_key(
+            dk, dv, k, v, key, n_local, Q, DO, LSE2, DELTA, ROW, PATTERN, TABLE, lo, mid, h,
+            shift, T, S, H, sqt, sqh, sdt, sdh, offset, log2_scale,
+            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, False, PRECISION,
+        )  # fmt: skip
+        dk, dv = _by_key(
+            dk, dv, k, v, key, n_local, Q, DO, LSE2, DELTA, ROW, PATTERN, TABLE, mid, hi, h,
+            shift, T, S, H, sqt, sqh, sdt, sdh, offset, log2_scale,
+            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, True, PRECISION,
+        )  # fmt: skip
+    at = (b.to(tl.int64) * S + key) * G + g
+    d, w = tl.arange(0, BK), tl.arange(0, BV)
+    tl.store(
+        DK + at[:, None] * K + d[None, :], (dk * scale).to(DK.dtype.element_ty),
+        mask=there[:, None] & (d < K)[None, :],
+    )  # fmt: skip
+    tl.store(
+        DV + at[:, None] * V + w[None, :], dv.to(DV.dtype.element_ty),
+        mask=there[:, None] & (w < V)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def _scatter(
+    q, do, lse, delta, p, K_, V_, DK, DV, stride_k, stride_v, stride_dk, stride_dv, ENTRY, a, c, S,
+    scale, log2_scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BN: tl.constexpr, SIZE: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    d, d_v = tl.arange(0, BK), tl.arange(0, BV)
+    for i in range(steps(a, c, BN, SIZE)):
+        key, there, e, _ = keys(ENTRY, i, a, c, BN, SIZE, UNIT)
+        there = there & (key < S)
+        k = rows_of(K_, key, there, stride_k, K, BK, True)
+        v = rows_of(V_, key, there, stride_v, V, BV, True)
+        keep = kept(0, p[None, :], 0, key[:, None], S, ENTRY, ENTRY, e, SIZE, KIND)
+        keep = keep & there[:, None]
+        w, ds = _pairs(q, do, lse, delta, k, v, keep, log2_scale, True, PRECISION)
+        dv = tl.dot(w, do, input_precision=PRECISION)
+        dk = tl.dot(ds, tl.trans(q), input_precision=PRECISION) * scale
+        at = key.to(tl.int64)[:, None]
+        tl.atomic_add(
+            DK + at * stride_dk + d[None, :], dk, mask=there[:, None] & (d < K)[None, :],
+            sem="relaxed",
+        )  # fmt: skip
+        tl.atomic_add(
+            DV + at * stride_dv + d_v[None, :], dv, mask=there[:, None] & (d_v < V)[None, :],
+            sem="relaxed",
+        )  # fmt: skip
+
+
+@triton.jit
+def scatter_kv(
+    Q, K_, V_, DO, LSE2, DELTA, DK, DV, LO, HI, ENTRY, CLO, CHI, CENTRY, PLANE,
+    scale, T, S, offset, first, shift, rows, H, G, NB, NH,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BQ: tl.constexpr, HG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PER_ROW: tl.constexpr, SIZE: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv added up in memory, for blocks that start anywhere: float32 ``[B,S,G,*]``, zero
+    before. The order of the additions, so the last bits, may differ from run to run."""
+    row = tl.num_programs(0) - 1 - tl.program_id(0)
+    b = tl.program_id(1) // (H // HG)
+    h = tl.program_id(1) % (H // HG) * HG
+    m = tl.arange(0, BM)
+    token, exists = queries(row, m, first, shift, T, BQ, HG)
+    head = h + m % HG
+    p = token + offset
+    q_at = token.to(tl.int64) * sqt + head * sqh
+    d_at = token.to(tl.int64) * sdt + head * sdh
+    q = columns_of(Q + b.to(tl.int64) * sqb, q_at, exists, 1, K, BK, True)
+    do = rows_of(DO + b.to(tl.int64) * sdb, d_at, exists, 1, V, BV, True)
+    at = (b.to(tl.int64) * T + token) * H + head
+    lse = tl.load(LSE2 + at, mask=exists, other=float("inf"))
+    delta = tl.load(DELTA + at, mask=exists, other=0.0)
+    g = h // (H // G)
+    K_ += b.to(tl.int64) * skb + g * skh
+    V_ += b.to(tl.int64) * svb + g * svh
+    DK += (b.to(tl.int64) * S * G + g) * K
+    DV += (b.to(tl.int64) * S * G + g) * V
+    own = plane_of(PLANE, b, h, H, NB, NH) * rows + (first + row) * BQ // PER_ROW
+    log2_scale = scale * LOG2E
+    _scatter(
+        q, do, lse, delta, p, K_, V_, DK, DV, skt, svt, G * K, G * V, ENTRY,
+        tl.load(LO + own), tl.load(HI + own), S, scale, log2_scale,
+        K, V, BK, BV, BN, SIZE, UNIT, KIND, PRECISION,
+    )  # fmt: skip
+    if COLUMNS:
+        _scatter(
+            q, do, lse, delta, p, K_, V_, DK, DV, skt, svt, G * K, G * V, CENTRY,
+            tl.load(CLO + own), tl.load(CHI + own), S, scale, log2_scale,
+            K, V, BK, BV, BN, 1, 1, KIND, PRECISION,
+        )  # fmt: skip

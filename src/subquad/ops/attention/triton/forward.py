@@ -1,0 +1,116 @@
+"""The forward kernel: online softmax over the listed blocks of keys."""
+
+import triton
+import triton.language as tl
+
+from subquad.ops.attention.triton.walk import (
+    columns_of,
+    kept,
+    keys,
+    plane_of,
+    queries,
+    rows_of,
+    share,
+    steps,
+)
+
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _attend(
+    acc, top, total, q, m_local, p, K_, V_, stride_k, stride_v, ENTRY, PATTERN, TABLE, a, c, S,
+    scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The entries ``a..c`` added to the running softmax; ``scale`` is in base 2."""
+    for i in range(steps(a, c, BN, SIZE)):
+        key, there, e, place = keys(ENTRY, i, a, c, BN, SIZE, UNIT)
+        there = there & (key < S)
+        k = columns_of(K_, key, there, stride_k, K, BK, MASKED)
+        s = tl.dot(q, k, input_precision=PRECISION) * scale
+        if MASKED:
+            n_local = place + tl.arange(0, BN)
+            keep = kept(
+                m_local[:, None], p[:, None], n_local[None, :], key[None, :], S,
+                PATTERN, TABLE, e, TILE, KIND,
+            )  # fmt: skip
+            s = tl.where(keep & there[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1))
+        # A row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        w = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        total = total * shrink + tl.sum(w, 1)
+        v = rows_of(V_, key, there, stride_v, V, BV, MASKED)
+        acc = tl.dot(w.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new
+    return acc, top, total
+
+
+@triton.jit
+def forward(
+    Q, K_, V_, O, LSE,
+    LO, MID, HI, ENTRY, PATTERN, TABLE, CLO, CHI, CENTRY, PLANE,
+    scale, T, S, offset, first, shift, rows, H, G, NB, NH,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sop,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BQ: tl.constexpr, HG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PER_ROW: tl.constexpr, SIZE: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: BQ queries of HG heads that share a list, one part of PARTS of it.
+
+    O ``[PARTS,B,T,H,V]`` and LSE ``[PARTS,B,T,H]`` are contiguous (``sop`` = B * T * H).
+    """
+    part = tl.program_id(0) % PARTS
+    row = tl.num_programs(0) // PARTS - 1 - tl.program_id(0) // PARTS  # the longest lists first
+    b = tl.program_id(1) // (H // HG)
+    h = tl.program_id(1) % (H // HG) * HG
+    m = tl.arange(0, BM)
+    token, exists = queries(row, m, first, shift, T, BQ, HG)
+    head = h + m % HG
+    p = token + offset
+    m_local = (first + row) * BQ % PER_ROW + m // HG
+    q_at = token.to(tl.int64) * sqt + (head - h) * sqh
+    q = rows_of(Q + b.to(tl.int64) * sqb + h * sqh, q_at, exists, 1, K, BK, True)
+    g = h // (H // G)
+    K_ += b.to(tl.int64) * skb + g * skh
+    V_ += b.to(tl.int64) * svb + g * svh
+    own = plane_of(PLANE, b, h, H, NB, NH) * rows + (first + row) * BQ // PER_ROW
+    lo, mid, hi = share(tl.load(LO + own), tl.load(MID + own), tl.load(HI + own), part, PARTS)
+
+    acc = tl.zeros([BM, BV], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    scale *= 1.4426950408889634
+    if SIZE % BN == 0:
+        acc, top, total = _attend(
+            acc, top, total, q, m_local, p, K_, V_, skt, svt, ENTRY, PATTERN, TABLE, lo, mid, S,
+            scale, K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, False, PRECISION,
+        )  # fmt: skip
+    else:
+        mid = lo
+    acc, top, total = _attend(
+        acc, top, total, q, m_local, p, K_, V_, skt, svt, ENTRY, PATTERN, TABLE, mid, hi, S,
+        scale, K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, True, PRECISION,
+    )  # fmt: skip
+    if COLUMNS:
+        lo, _, hi = share(tl.load(CLO + own), tl.load(CLO + own), tl.load(CHI + own), part, PARTS)
+        acc, top, total = _attend(
+            acc, top, total, q, m_local, p, K_, V_, skt, svt, CENTRY, PATTERN, TABLE, lo, hi, S,
+            scale, K, V, BK, BV, BN, 1, 1, SIZE, KIND, True, PRECISION,
+        )  # fmt: skip
+
+    seen = total > 0
+    some = tl.where(seen, total, 1.0)
+    at = part.to(tl.int64) * sop + (b.to(tl.int64) * T + token) * H + head
+    v = tl.arange(0, BV)
+    o = acc / some[:, None]
+    tl.store(
+        O + at[:, None] * V + v[None, :], o.to(O.dtype.element_ty),
+        mask=exists[:, None] & (v < V)[None, :],
+    )  # fmt: skip
+    lse = tl.where(seen, (top + tl.log2(some)) * LN2, float("-inf"))
+    tl.store(LSE + at, lse, mask=exists)

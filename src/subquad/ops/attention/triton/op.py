@@ -1,0 +1,216 @@
+"""From tensors to launches: attention's forward and backward pass over its kernels."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from subquad import mask as masks
+from subquad.mask import Mask
+from subquad.ops.attention.combine import merge
+from subquad.ops.attention.node import run
+from subquad.ops.attention.triton import backward as grads
+from subquad.ops.attention.triton.configs import config, processors
+from subquad.ops.attention.triton.forward import forward as forward_kernel
+from subquad.ops.attention.triton.index import Index, of_choice, of_mask
+
+TILE, SMALL_TILE = 128, 64
+WELL_FILLED = 0.4  # smaller tiles are taken where less than this share of the large ones is kept
+MOST_ROWS = 128  # of a program
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None, scale: float, offset: int
+) -> tuple[Tensor, Tensor]:
+    return run(__name__, q, k, v, mask or masks.full(), scale, offset)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call's sizes: BQ queries of HG heads that share a list make a program of BM rows."""
+
+    index: Index
+    B: int
+    T: int
+    S: int
+    H: int
+    G: int
+    K: int
+    V: int
+    offset: int
+    dtype: torch.dtype
+    BQ: int
+    HG: int
+
+    @property
+    def BM(self) -> int:
+        return max(16, triton.next_power_of_2(self.BQ * self.HG))
+
+    @property
+    def first(self) -> int:
+        return self.index.shift // self.BQ
+
+    @property
+    def programs(self) -> tuple[int, int]:
+        rows = triton.cdiv(self.T + self.index.shift, self.BQ) - self.first
+        return rows, self.B * (self.H // self.HG)
+
+    def lists(self) -> tuple[Any, ...]:
+        """The kernels' arguments from LO to PLANE."""
+        own, columns = self.index.lists, self.index.columns
+        single = (columns.lo, columns.hi, columns.entry) if columns else (None, None, None)
+        return (
+            own.lo, own.mid, own.hi, own.entry, own.pattern, self.index.table, *single,
+            self.index.plane,
+        )  # fmt: skip
+
+    def sizes(self) -> tuple[int, ...]:
+        """The arguments from T to NB NH."""
+        index = self.index
+        return (
+            self.T, self.S, self.offset, self.first, index.shift, index.rows, self.H, self.G,
+            *index.shape,
+        )  # fmt: skip
+
+    def dims(self) -> dict[str, Any]:
+        return {
+            "K": self.K, "V": self.V, "BK": max(16, triton.next_power_of_2(self.K)),
+            "BV": max(16, triton.next_power_of_2(self.V)), "HG": self.HG,
+            "PER_ROW": self.index.per_row, "SIZE": self.index.size, "KIND": self.index.kind,
+            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
+        }  # fmt: skip
+
+    def rows(self) -> dict[str, Any]:
+        return {
+            "BQ": self.BQ, "BM": self.BM, "UNIT": self.index.unit,
+            "COLUMNS": self.index.columns is not None,
+        }  # fmt: skip
+
+    def config(self, kernel: str, rows: int | None = None) -> tuple[int, dict[str, int]]:
+        """The step and the launch options."""
+        width = triton.next_power_of_2(max(self.K, self.V))
+        found = dict(config(kernel, rows or self.BM, width, self.dtype.itemsize, "any"))
+        return found.pop("step"), found
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, offset: int) -> Launch:
+    (B, T, H, K), (S, G), V = q.shape, k.shape[1:3], v.shape[3]
+    chosen = masks.choice(mask)
+    if chosen is None:
+        block = _tile(mask, T, S, offset)
+        index = of_mask(mask, T, S, block, offset, q.device)
+    else:
+        index = of_choice(*chosen, S, offset, q.device)
+    BQ, HG = _shape(index, H, G)
+    return Launch(index, B, T, S, H, G, K, V, offset, q.dtype, BQ, HG)
+
+
+def _tile(mask: Mask, T: int, S: int, offset: int) -> int:
+    if max(T, S) <= SMALL_TILE:
+        return SMALL_TILE
+    if isinstance(mask, masks.Band):
+        thin = mask.lo is not None and mask.hi is not None and mask.hi - mask.lo < SMALL_TILE
+        return SMALL_TILE if thin else TILE
+    tiles = mask.tiles(T, S, TILE, offset)
+    computed = int(tiles.ptr[:: max(tiles.rows, 1)].diff()[tiles.plane.long()].sum())
+    return TILE if tiles.area >= WELL_FILLED * computed * TILE**2 else SMALL_TILE
+
+
+def _shape(index: Index, H: int, G: int) -> tuple[int, int]:
+    """Queries and heads of a program: heads of a group join where they share lists of few rows."""
+    BQ = next(n for n in range(min(index.per_row, MOST_ROWS), 0, -1) if index.per_row % n == 0)
+    share, HG = H // G, 1
+    if G % index.shape[1] == 0 and BQ < SMALL_TILE:
+        HG = next(n for n in range(share, 0, -1) if share % n == 0 and n * BQ <= MOST_ROWS)
+    return BQ, HG
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, offset: int
+) -> tuple[Tensor, Tensor]:
+    q, k, v = (_dense_last(x) for x in (q, k, v))
+    launch = prepare(q, k, v, mask, offset)
+    rows, heads = launch.programs
+    parts = _parts(launch, rows * heads)
+    step, options = launch.config("forward")
+    o = v.new_empty(parts, *q.shape[:3], launch.V, dtype=torch.float32 if parts > 1 else v.dtype)
+    lse = q.new_empty(parts, *q.shape[:3], dtype=torch.float32)
+    with _on(q):
+        forward_kernel[(rows * parts, heads)](
+            q, k, v, o, lse, *launch.lists(), scale, *launch.sizes(),
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], lse[0].numel(),
+            **launch.dims(), **launch.rows(), BN=step, PARTS=parts, **options,
+        )  # fmt: skip
+    if parts == 1:
+        return o[0], lse[0]
+    o_whole, lse_whole = merge(list(zip(o, lse, strict=True)))
+    return o_whole.to(v.dtype), lse_whole
+
+
+def _parts(launch: Launch, programs: int) -> int:
+    """Into how many parts each list is cut: few queries alone would leave the GPU idle."""
+    width = len(launch.index.lists.entry) // max(len(launch.index.lists.lo), 1)
+    if launch.T > MOST_ROWS or width * launch.index.size < 512:
+        return 1
+    wanted = triton.cdiv(2 * processors(launch.index.plane.device.index), programs)
+    most = triton.cdiv(width * launch.index.size, 256)
+    return min(triton.next_power_of_2(max(1, min(wanted, most))), 64)
+
+
+def backward(
+    do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    mask: Mask, scale: float, offset: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q, k, v, do = (_dense_last(x) for x in (q, k, v, do))
+    launch = prepare(q, k, v, mask, offset)
+    index, (B, T, H) = launch.index, q.shape[:3]
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    dims, lists, sizes = launch.dims(), launch.lists(), launch.sizes()
+    with _on(q):
+        grads.prepare[(triton.cdiv(B * T * H, 64),)](
+            o, do, lse, dlse.contiguous(), delta, lse2, B * T * H, T, H,
+            o.stride(1), o.stride(2), o.stride(0), do.stride(1), do.stride(2), do.stride(0),
+            V=launch.V, BV=dims["BV"], BM=64, num_warps=4,
+        )  # fmt: skip
+        strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        step, options = launch.config("grad_q")
+        grads.grad_q[launch.programs](
+            q, k, v, do, lse2, delta, dq, *lists, scale, *sizes, *strides,
+            **dims, **launch.rows(), BN=step, **options,
+        )  # fmt: skip
+        turned = index.by_keys(triton.cdiv(launch.S, index.size)) if index.size >= 64 else None
+        if turned is None:
+            dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
+            step, options = launch.config("scatter_kv")
+            own = (lists[0], *lists[2:4], *lists[6:])
+            grads.scatter_kv[launch.programs](
+                q, k, v, do, lse2, delta, dk, dv, *own, scale, *sizes, *strides,
+                **dims, **launch.rows(), BN=step, **options,
+            )  # fmt: skip
+            return dq, dk.to(k.dtype), dv.to(v.dtype)
+        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=q.device) for x in (k, v))
+        BN = next(n for n in (128, 64) if index.size % n == 0)
+        step, options = launch.config("grad_kv", BN)
+        blocks = triton.cdiv(launch.S, index.size)
+        grads.grad_kv[(blocks * (index.size // BN), B * launch.G)](
+            q, k, v, do, lse2, delta, dk, dv,
+            turned.lo, turned.mid, turned.hi, turned.entry, turned.pattern, index.table,
+            index.plane, scale, T, launch.S, offset, index.shift, blocks, H, launch.G,
+            *index.shape, *strides, **dims, BM=step, BN=BN, **options,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _dense_last(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _on(x: Tensor):
+    """Launch on the device of x, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
