@@ -6,6 +6,7 @@ A definition takes the policy and a call over all keys, and says which pairs are
 
 import torch
 
+import prefill_definitions
 from policy_kit import Row, masked, rotate
 from subquad.policies.block_topk import BlockTopK
 from subquad.policies.quest import Quest
@@ -91,7 +92,58 @@ def streaming_all(call):
     return everywhere(call, j <= p)
 
 
+def dense_decode(definition):
+    """A definition of prompts alone: tokens after them see everything."""
+    return lambda policy, call: (
+        definition(policy, call) if call.q.shape[1] > 1 else streaming_all(call)
+    )
+
+
+SLASH = {"vertical": 6, "slash": 9, "last_q": 12, "sinks": 2, "local": 5, "block": 8}
+FLEX = {"block": 4, "unit": 4, "min_budget": 9}
+
 ROWS = [
+    Row(
+        "vertical_slash",
+        {**SLASH, "variant": "frontier"},
+        {"variant": "frontier", "vertical": 100, "slash": 100},
+        dense_decode(prefill_definitions.vertical_slash),
+    ),
+    Row(
+        "vertical_slash",
+        {**SLASH, "local": 3, "vertical": 35, "slash": 4, "block": 3},
+        {"vertical": 100, "slash": 4},
+        dense_decode(prefill_definitions.vertical_slash),
+        name="minference",
+    ),
+    Row(
+        "flexprefill",
+        {**FLEX, "gamma": 0.6, "tau": 0.0},
+        {"min_budget": 96},
+        dense_decode(prefill_definitions.flexprefill),
+    ),
+    Row(
+        "flexprefill",
+        {**FLEX, "gamma": 0.5, "tau": 0.3},
+        {"block": 8, "unit": 8, "gamma": 1.0, "min_budget": 0, "tau": 0.0},
+        dense_decode(prefill_definitions.flexprefill),
+        name="aware",
+    ),
+    Row(
+        "flexprefill",
+        {
+            "variant": "frontier",
+            "gamma": 0.4,
+            "min_budget": 6,
+            "last_q": 20,
+            "sinks": 2,
+            "local": 5,
+            "slash_block": 8,
+        },
+        {"variant": "frontier", "min_budget": 100},
+        dense_decode(prefill_definitions.flex_frontier),
+        name="frontier",
+    ),
     Row(
         "streaming_llm",
         {"sinks": 3, "window": 17},

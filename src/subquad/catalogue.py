@@ -208,6 +208,30 @@ _CARDS = (
         evidence=("facts", "golden"),
     ),
     System(
+        key="vertical_slash",
+        name="Vertical-Slash",
+        paper="MInference 1.0: "
+        "Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention",
+        arxiv="2407.02490",
+        family="sparse",
+        kind="policy",
+        home="subquad.policies.vertical_slash:VerticalSlash",
+        trains=False,
+        evidence=("facts",),
+    ),
+    System(
+        key="flexprefill",
+        name="FlexPrefill",
+        paper="FlexPrefill: "
+        "A Context-Aware Sparse Attention Mechanism for Efficient Long-Sequence Inference",
+        arxiv="2502.20766",
+        family="sparse",
+        kind="policy",
+        home="subquad.policies.flexprefill:FlexPrefill",
+        trains=False,
+        evidence=("facts",),
+    ),
+    System(
         key="block_topk",
         name="Block-sparse top-k",
         paper="MInference 1.0: "

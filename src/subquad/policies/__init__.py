@@ -5,9 +5,11 @@ from typing import Any
 
 _HOMES = {
     "BlockTopK": "subquad.policies.block_topk",
+    "FlexPrefill": "subquad.policies.flexprefill",
     "Policy": "subquad.policies.base",
     "Quest": "subquad.policies.quest",
     "StreamingLLM": "subquad.policies.streaming_llm",
+    "VerticalSlash": "subquad.policies.vertical_slash",
     "create_policy": "subquad.policies.base",
 }
 
