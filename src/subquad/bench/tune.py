@@ -29,11 +29,11 @@ Progress = Callable[[dict[str, Any]], None]
 
 def candidates(kernel: str, K: int, V: int, itemsize: int) -> Iterator[dict[str, int]]:
     """The configurations worth trying for one kernel."""
-    k, v = configs.width(K), configs.width(V)
+    k, v = configs.key_width(K), configs.key_width(V)
     if kernel == "prepare":
-        tried = [{"BK": b, "num_warps": w} for b, w in ((32, 4), (64, 4), (64, 8), (128, 8))]
+        tried = [{"BK": b, "num_warps": w} for b, w in ((64, 4), (64, 8), (128, 8))]
     elif kernel == "grads":
-        blocks = ((32, 64, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8), (64, 128, 8), (32, 128, 4))
+        blocks = ((64, 64, 4), (64, 64, 8), (128, 64, 8), (64, 128, 8), (32, 64, 4))
         tried = [{"BK": a, "BV": b, "num_warps": w} for a, b, w in blocks]
     else:
         few = [(b, 4, s) for b in (32, 64) for s in (1, 2, 3)]
@@ -118,7 +118,8 @@ def tune(
     right = _checked(jobs, workers or min(16, os.cpu_count() or 1), tell)
     for case in dict.fromkeys(job[0] for job in jobs):
         for kernel in kernels:
-            best = _fastest(case, kernel, [c for a, n, c in right if a == case and n == kernel])
+            mine = [c for a, n, c in right if a == case and n == kernel]
+            best = _fastest(case, kernel, mine, tell)
             if best is None:
                 continue
             config, microseconds = best
@@ -134,7 +135,10 @@ def tune(
 
 def _checked(jobs: list, workers: int, tell: Progress) -> list:
     right = []
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    # A process each: an illegal access leaves a process without its GPU.
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
         waiting = {pool.submit(_check, *job): job for job in jobs}
         for n, future in enumerate(as_completed(waiting), 1):
             case, kernel, config = waiting[future]
@@ -146,13 +150,16 @@ def _checked(jobs: list, workers: int, tell: Progress) -> list:
     return right
 
 
-def _fastest(case: Case, kernel: str, configurations: list) -> tuple[dict[str, int], float] | None:
+def _fastest(
+    case: Case, kernel: str, configurations: list, tell: Progress
+) -> tuple[dict[str, int], float] | None:
     timed = []
     inputs = case.draw("cuda")
     for config in configurations:
         with configs.forced({kernel: config}):
             times = kernel_times(inputs)
         timed.append((times.get(kernel, float("inf")), config))
+        tell({"timed": kernel, "case": case.name, "config": config, "microseconds": timed[-1][0]})
     if not timed:
         return None
     microseconds, config = min(timed, key=lambda pair: pair[0])

@@ -52,7 +52,7 @@ def _through_scores(
         m = tl.dot(at, (q * up).to(kind), input_precision=PRECISION)
         if DELTA:
             z += up * tl.dot(y, kd, input_precision=PRECISION)
-            m -= tl.dot(yt, (k * up).to(kind), input_precision=PRECISION)
+            m = tl.dot(yt, (k * up).to(kind), m, input_precision=PRECISION)
         dk += down * m
     else:
         i = tl.arange(0, C)[:, None]
@@ -74,7 +74,7 @@ def _through_scores(
                 s = tl.where(keep, y, 0.0)
                 z += f * tl.dot(s, kf, input_precision=PRECISION)
                 s = tl.where(keep_t, yt, 0.0)
-                m -= tl.dot(s, kf, input_precision=PRECISION)
+                m = tl.dot(s, kf, m, input_precision=PRECISION)
             dk += f * m
             S *= 2
     return dq, dk, z
@@ -123,7 +123,7 @@ def grads(
         a *= scale
         at *= scale
         if DELTA:
-            yt *= beta[None, :]
+            yt *= -beta[None, :]
         if DECAY == HEAD:
             g = numbers(G_, first, left, HD, hd, C)
             G = tl.cumsum(g, axis=0)
@@ -193,7 +193,7 @@ def grads(
                 dk = tl.dot(at, q, dk, input_precision=PRECISION)
                 if DELTA:
                     z = tl.dot(y, k, z, input_precision=PRECISION)
-                    dk -= tl.dot(yt, k, input_precision=PRECISION)
+                    dk = tl.dot(yt, k, dk, input_precision=PRECISION)
 
             put(DQ, dq, first, left, H, h, column, K, C, BK)
             if DECAY != NONE:

@@ -155,8 +155,9 @@ def prepared(p: Plan, q, k, decay, beta, scale: float, sizes: dict) -> dict:
     if p.delta:
         out["P"] = q.new_empty(p.B, p.T, p.H, C)
         out["W"] = q.new_empty(p.B, p.T, p.H, p.K)
+    scratch = q.new_empty(p.chunks, p.H, C, 16, dtype=torch.float32) if p.delta else None
     prepare[(p.chunks, p.H)](
-        q, k, decay, beta, p.chunk_table, *out.values(), scale, p.T,
+        q, k, decay, beta, p.chunk_table, scratch, *out.values(), scale, p.T,
         **pick(sizes, "H", "HQ", "HK", "HD", "HB"),
         K=p.K, C=C, DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.table is not None,
         LIMIT=LIMITS[p.dtype], PRECISION=p.precision, INVERSE=p.precision, **p.config("prepare"),
@@ -184,7 +185,7 @@ def run_scan(p: Plan, q, k, v, decay, beta, ready, init, scale, sizes, **outs) -
         *(outs.get(n) for n in ("O", "D", "HS", "FINAL", "LOCAL", "TOTAL")),
         scale, p.T, p.size, **sizes,
         **p.switches(
-            C=C, BK=configs.width(p.K), HAS_INIT=init is not None, OUTPUT="O" in outs,
+            C=C, BK=configs.key_width(p.K), HAS_INIT=init is not None, OUTPUT="O" in outs,
             KEEP="HS" in outs, END="FINAL" in outs, SPLIT=split, PRECISION=p.precision,
         ),
         **c,
@@ -196,8 +197,8 @@ def run_combine(p: Plan, local, local_rows, link, link_rows, link_row, init, out
     combine[(p.N * triton.cdiv(p.V, c["BV"]), p.H)](
         local, link, init, p.first, out, final, p.T, p.size, p.H,
         **p.switches(
-            BK=configs.width(p.K), LOCAL_ROWS=local_rows, LINK_ROWS=link_rows, LINK_ROW=link_row,
-            HAS_INIT=init is not None, BACK=back, PRECISION="tf32x3",
+            BK=configs.key_width(p.K), LOCAL_ROWS=local_rows, LINK_ROWS=link_rows,
+            LINK_ROW=link_row, HAS_INIT=init is not None, BACK=back, PRECISION="tf32x3",
         ),
         **c,
     )  # fmt: skip

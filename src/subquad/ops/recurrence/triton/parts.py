@@ -109,21 +109,30 @@ def halves(S, C: tl.constexpr, QUERY: tl.constexpr):
 
 
 @triton.jit
-def inverse(N, C: tl.constexpr, PRECISION: tl.constexpr):
+def inverse(N, SCRATCH, C: tl.constexpr, PRECISION: tl.constexpr):
     """``(I + N)^-1`` of a strictly lower triangular ``N [C,C]``.
 
-    The diagonal blocks of 16 row by row in float32, all at once; then blocks are joined in pairs:
-    the inverse of ``[[A, 0], [L, B]]`` has ``-B^-1 L A^-1`` below its diagonal.
+    First the diagonal blocks of 16, row by row in float32 and all at once, in the compact form
+    ``X[c,r]``: column c at row r of its block. There a sum over the rows stays within few threads,
+    which makes it ten times faster than on the square; memory (SCRATCH, C 16 floats) turns one
+    form into the other. Then blocks are joined in pairs: the inverse of ``[[A, 0], [L, B]]`` has
+    ``-B^-1 L A^-1`` below its diagonal.
     """
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     same = (i // 16) == (j // 16)
-    X = tl.where(i == j, 1.0, 0.0)
-    for r in range(1, 16):
-        here = same & (i % 16 == r)
-        n = tl.sum(tl.where(here, N, 0.0), axis=0)
-        x = tl.sum(n[:, None] * X, axis=0)
-        X = tl.where(here, X - x[None, :], X)
+    tl.store(SCRATCH + i * 16 + j % 16, N, mask=same)
+    tl.debug_barrier()
+    r = tl.arange(0, 16)[None, :]
+    X = tl.where(i % 16 == r, 1.0, 0.0)
+    for row in tl.static_range(1, 16):
+        n = tl.load(SCRATCH + (i // 16 * 16 + row) * 16 + r)
+        x = tl.sum(n * X, axis=1)
+        X = tl.where(r == row, X - x[:, None], X)
+    tl.debug_barrier()
+    tl.store(SCRATCH + i * 16 + r, X)
+    tl.debug_barrier()
+    X = tl.load(SCRATCH + j * 16 + i % 16, mask=same, other=0.0)
     if C >= 32:
         L = tl.where(halves(16, C, 0), N, 0.0)
         X -= tl.dot(tl.dot(X, L, input_precision=PRECISION), X, input_precision=PRECISION)

@@ -1,7 +1,7 @@
 """What a chunk needs before the state reaches it; all chunks at once.
 
 Writes, per head: for the delta rule ``P = (I + N)^-1`` with ``N = strict_lower(beta_i k_i . k_j
-exp(G_i - G_j))`` and ``W = P (beta exp(G) k)``; for a decay per channel the scores ``A`` (scaled,
+exp(G_i - G_j))`` and ``W = -P (beta exp(G) k)``; for a decay per channel the scores ``A`` (scaled,
 lower), ``QG = scale exp(G) q``, ``KG = exp(G_end - G) k`` and ``GC = G_end``.
 
 A product over channels with ``exp(G_i - G_j)`` is taken from a row in the middle of the chunk,
@@ -66,7 +66,7 @@ def _scores(
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare(
-    Q, K_, G_, BETA, TABLE, A, P, W, QG, KG, GC,
+    Q, K_, G_, BETA, TABLE, SCRATCH, A, P, W, QG, KG, GC,
     scale, T, H, HQ, HK, HD, HB,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, LIMIT: tl.constexpr,
@@ -105,12 +105,14 @@ def prepare(
                 G1 = tl.cumsum(numbers(G_, first, left, HD, h * HD // H, C), axis=0)
                 kk *= fade(G1[:, None], G1[None, :], i > j)
                 weight = beta * tl.exp(G1)
-            inv = inverse(tl.where(i > j, kk * beta[:, None], 0.0), C, INVERSE)
+            lower = tl.where(i > j, kk * beta[:, None], 0.0)
+            scratch = SCRATCH + (index.to(tl.int64) * H + h) * (C * 16)
+            inv = inverse(lower, scratch, C, INVERSE)
             p = inv.to(P.dtype.element_ty)
             put(P, p, first, left, H, h, 0, C, C, C)
             for column in range(0, K, BK):
                 k = tile(K_, first, left, HK, hk, column, K, C, BK)
-                kw = k * weight[:, None]
+                kw = k * -weight[:, None]
                 if DECAY == CHANNEL:
                     g = tile(G_, first, left, HD, h * HD // H, column, K, C, BK)
                     kw *= tl.exp(tl.cumsum(g, axis=0))

@@ -4,8 +4,8 @@ The state stands transposed, ``[BV,K]`` in float32 registers: a program owns BV 
 columns. Products then take the state and the new values as their left operand, from registers.
 Per chunk, with P and W of :mod:`prepare` (D = v without the delta rule):
 
-    D = P (beta v) - W S          o = QG S + A D          S <- exp(G_end) S + KG^T D
-    dD = A^T do + KG dS           F = P^T dD              dS <- exp(G_end) dS + QG^T do - W^T dD
+    D = P (beta v) + W S          o = QG S + A D          S <- exp(G_end) S + KG^T D
+    dD = A^T do + KG dS           F = P^T dD              dS <- exp(G_end) dS + QG^T do + W^T dD
 """
 
 import triton
@@ -100,7 +100,7 @@ def scan(
             p = tile(P, t, left, H, h, 0, C, C, C)
             w = tile(W, t, left, H, h, 0, K, C, BK)
             D = tl.dot((v * beta[None, :]).to(kind), tl.trans(p), input_precision=PRECISION)
-            D -= tl.dot(Sd, tl.trans(w), input_precision=PRECISION)
+            D = tl.dot(Sd, tl.trans(w), D, input_precision=PRECISION)
             if KEEP:
                 put_t(D_, D, t, left, H, h, block * BV, V, C, BV)
             Dd = D.to(kind)
@@ -141,8 +141,8 @@ def scan(
         tl.store(at, S, mask=columns[None, :] < K)
         if (not DELTA) and block == 0:
             if DECAY == CHANNEL:
-                at = TOTAL + (index.to(tl.int64) * H + h) * K + columns
-                tl.store(at, total, mask=columns < K)
+                to = TOTAL + (index.to(tl.int64) * H + h) * K + columns
+                tl.store(to, total, mask=columns < K)
             else:
                 tl.store(TOTAL + index.to(tl.int64) * H + h, total)
     if END:
@@ -224,7 +224,7 @@ def scan_back(
         if DELTA:
             dDd = dD.to(kind)
             w = tile(W, t, left, H, h, 0, K, C, BK)
-            dS -= tl.dot(dDd, w, input_precision=PRECISION)
+            dS = tl.dot(dDd, w, dS, input_precision=PRECISION)
             if not SPLIT:
                 p = tile(P, t, left, H, h, 0, C, C, C)
                 F = tl.dot(dDd, p, input_precision=PRECISION)
@@ -285,12 +285,11 @@ def combine(
         local = tl.load(at, mask=ok, other=0.0)
         if DELTA:
             r = tl.arange(0, BK)
-            at = LINK + base * (LINK_ROWS * K) + LINK_ROW * K
+            place = r[:, None] * K + columns[None, :]
             if BACK:
-                at += r[None, :] * K + columns[:, None]
-            else:
-                at += r[:, None] * K + columns[None, :]
-            link = tl.load(at, mask=(r[:, None] < K) & (columns[None, :] < K), other=0.0)
+                place = r[None, :] * K + columns[:, None]
+            source = LINK + base * (LINK_ROWS * K) + LINK_ROW * K + place
+            link = tl.load(source, mask=(r[:, None] < K) & (columns[None, :] < K), other=0.0)
             S = tl.dot(S, link, local, input_precision=PRECISION)
         elif DECAY == CHANNEL:
             factor = tl.load(LINK + base * K + columns, mask=columns < K, other=0.0)
