@@ -374,7 +374,7 @@ def from_spec(spec: Any) -> Mask:
     if name == "not":
         return Not(from_spec(rest[0]))
     if name == "neighborhood":
-        from subquad.mask.grid import Neighborhood
+        from subquad.mask.grid import Axis, Neighborhood
 
-        return Neighborhood(*rest)
+        return Neighborhood(tuple(Axis(*axis) for axis in rest[0]), rest[1])
     return {"band": Band, "first": First, "stairs": Stairs, "strided": Strided}[name](*rest)

@@ -10,7 +10,7 @@ group ``c mod d`` as its member ``i = c // d`` of ``n = ceil((L - group) / d)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -93,7 +93,7 @@ class Neighborhood(Mask):
         return tuple(prod(self._shape[a + 1 :]) for a in range(len(self._shape)))
 
     def spec(self):
-        return "neighborhood", self.axes, self.tile
+        return "neighborhood", tuple(astuple(axis) for axis in self.axes), self.tile
 
     def _check(self, T, S, offset):
         open_end = self.axes[0].causal and self.tile is None

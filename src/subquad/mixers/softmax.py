@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from subquad.mask import Mask
 from subquad.mixers.base import Context, Mixer
 from subquad.mixers.parts.past import Span
 from subquad.mixers.parts.rotary import LAYOUTS, rope_frequencies, rotate
@@ -24,6 +25,8 @@ from subquad.ops.attention import attention
 class Softmax(Mixer):
     """``o_t = sum_i softmax_i(scale q_t . k_i) v_i`` over the visible i <= t.
 
+    A system that is softmax over other keys overrides :meth:`visible` and :meth:`pairs`.
+
     Args:
         dim: C, the model's width.
         heads: H.
@@ -31,6 +34,8 @@ class Softmax(Mixer):
         head_dim: K; C / H where None.
         rope_theta: base of the rotary frequencies; None rotates nothing (NoPE).
         rope_dim: features of a head that are rotated, the first ones; K where None.
+        rope_factor: divides the positions, so that a text this many times as long as those of the
+            training turns no further (position interpolation, Chen et al., arXiv 2306.15595).
         rope_layout: "half" (feature j turns with j + rope_dim/2) or "interleaved".
         qk_norm: a root mean square norm of q and k per head, before the rotation.
         window: keys that a token sees, its own included; None for all. Then the state keeps that
@@ -52,6 +57,7 @@ class Softmax(Mixer):
         head_dim: int | None = None,
         rope_theta: float | None = 10000.0,
         rope_dim: int | None = None,
+        rope_factor: float = 1.0,
         rope_layout: str = "half",
         qk_norm: bool = False,
         window: int | None = None,
@@ -78,9 +84,12 @@ class Softmax(Mixer):
         rope_dim = head_dim if rope_dim is None else rope_dim
         if rope_theta is not None and (rope_dim % 2 or not 0 < rope_dim <= head_dim):
             raise ValueError(f"rope_dim must be even and in 2..{head_dim}, got {rope_dim}")
+        if not rope_factor >= 1:
+            raise ValueError(f"rope_factor must be at least 1, got {rope_factor}")
         checks.one_of("rope_layout", rope_layout, LAYOUTS)
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.rope_theta, self.rope_dim, self.rope_layout = rope_theta, rope_dim, rope_layout
+        self.rope_factor = rope_factor
         self.window, self.sinks = window, sinks
         self.scale = head_dim**-0.5 if scale is None else scale
 
@@ -92,29 +101,41 @@ class Softmax(Mixer):
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
-        x = context.zero_padding(x)
-        q = self._place(self.q_proj(x), self.heads, self.q_norm, context)
-        k = self._place(self.k_proj(x), self.kv_heads, self.k_norm, context)
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
+        q, k, v = self.qkv(x, context)
         span = Span(context, {"k": k, "v": v}, window=self.window, sinks=self.sinks)
         o = attention(
             span.rows(q),
             span["k"],
             span["v"],
-            span.mask(),
+            self.visible(span),
             scale=self.scale,
             cu_seqlens=span.cu_seqlens,
         )
         return self.o_proj(span.tokens(o).flatten(-2)), span.state()
+
+    def visible(self, span: Span) -> Mask:
+        """Who sees whom among the tokens of ``span``."""
+        return span.mask()
+
+    def qkv(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """q ``[B,T,H,K]``, k and v ``[B,T,G,K]``, normed and rotated."""
+        x = context.zero_padding(x)
+        q = self._place(self.q_proj(x), self.heads, self.q_norm, context)
+        k = self._place(self.k_proj(x), self.kv_heads, self.k_norm, context)
+        return q, k, self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
 
     def _place(self, x: Tensor, heads: int, norm: nn.Module | None, context: Context) -> Tensor:
         x = x.unflatten(-1, (heads, -1))
         x = x if norm is None else norm(x)
         if self.rope_theta is None:
             return x
+        return rotate(x, context.positions, self._frequencies(x), layout=self.rope_layout)
+
+    def _frequencies(self, x: Tensor) -> Tensor:
+        assert self.rope_theta is not None
         wide = x.dtype == torch.float64
-        frequencies = rope_frequencies(self.rope_dim, self.rope_theta, device=x.device, wide=wide)
-        return rotate(x, context.positions, frequencies, layout=self.rope_layout)
+        turns = rope_frequencies(self.rope_dim, self.rope_theta, device=x.device, wide=wide)
+        return turns / self.rope_factor
 
     def state_bytes(self, T: int, dtype: torch.dtype = torch.float32) -> int:
         kept = T if self.window is None else min(T, self.window + self.sinks)
@@ -122,12 +143,15 @@ class Softmax(Mixer):
 
     def flops(self, T: int) -> int:
         projections = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 2 * T * projections + 4 * self.pairs(T) * self.heads * self.head_dim
+
+    def pairs(self, T: int) -> int:
+        """(query, key) pairs of one head over T tokens."""
         window = T if self.window is None else self.window
-        pairs = _ramp(T, window) + _ramp(max(T - window, 0), self.sinks)
-        return 2 * T * projections + 4 * pairs * self.heads * self.head_dim
+        return ramp(T, window) + ramp(max(T - window, 0), self.sinks)
 
 
-def _ramp(n: int, top: int) -> int:
+def ramp(n: int, top: int) -> int:
     """``sum_(t=1..n) min(t, top)``: keys that n tokens see of the last ``top``."""
     rising = min(n, top)
     return rising * (rising + 1) // 2 + (n - rising) * top

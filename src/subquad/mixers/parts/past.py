@@ -35,6 +35,8 @@ class Span:
         new: ``[B,T,D...]`` by name, what to keep of every token.
         window: of the past, keep the last ``window`` tokens (None: all)
         sinks: and the first ``sinks``.
+        pad: the name of the padding in the state, where a mixer has several spans.
+        rows: whether packed sequences become rows at once, also without a past.
     """
 
     def __init__(
@@ -44,22 +46,29 @@ class Span:
         *,
         window: int | None = None,
         sinks: int = 0,
+        pad: str = PAD,
+        rows: bool = False,
     ) -> None:
-        self.window, self.sinks = window, sinks
+        self.window, self.sinks, self._pad = window, sinks, pad
+        self._context = context
         self.cu_seqlens: Tensor | None = None
         self.pad: Tensor | None = None
         self._packing: _Packing | None = None
         past = None if context.state is None else context.state.tensors
-        if past is None:
+        if past is None and rows and context.cu_seqlens is not None:
+            self._packing = packing = _Packing(context.cu_seqlens)
+            self.tensors = {name: packing.rows(t) for name, t in new.items()}
+            self.pad = packing.pad
+        elif past is None:
             self.tensors, self.cu_seqlens, self.pad = dict(new), context.cu_seqlens, context.padding
         elif context.cu_seqlens is not None:
             self._packing = _Packing(context.cu_seqlens)
-            self.tensors, self.pad = self._packing.join(past, new)
+            self.tensors, self.pad = self._packing.join(past, new, pad)
         else:
             self.tensors = {name: append(past[name], t) for name, t in new.items()}
-            if PAD in past:
+            if pad in past:
                 fresh = context.seen.new_zeros(len(context.seen), context.tokens, dtype=torch.bool)
-                self.pad = append(past[PAD], fresh)
+                self.pad = append(past[pad], fresh)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -84,6 +93,25 @@ class Span:
             return mask
         return mask & masks.documents(torch.where(self.pad, -1, 0))
 
+    def placed(self, part: Mask) -> Mask:
+        """``part``, a mask over tokens counted from 0, where each sequence's tokens stand."""
+        starts = self.starts
+        return part if starts is None else masks.placed(part, starts)
+
+    @property
+    def starts(self) -> Tensor | None:
+        """int ``[N]``, where each row's token 0 stands (it may be forgotten: then it is negative),
+        or ``[1]`` where all rows agree; None where it is 0, as in packed sequences."""
+        S = next(iter(self.tensors.values())).shape[1]
+        if self.cu_seqlens is not None:
+            return None
+        if self.pad is None:
+            past = S - self._context.tokens
+            if self.window is None or past < self.window + self.sinks:
+                return None
+            return S - self._context.seen_after[:1]
+        return S - self._context.seen_after
+
     def _sinks(self, S: int) -> Mask:
         if self.pad is None:
             return masks.sinks(self.sinks)
@@ -96,15 +124,15 @@ class Span:
     def state(self) -> Mapping[str, Tensor]:
         """The tensors of the state after this call."""
         if self.cu_seqlens is not None:
-            return _Later([*self.tensors, PAD], self._unpacked)
-        tensors = self.tensors if self.pad is None else {**self.tensors, PAD: self.pad}
+            return _Later([*self.tensors, self._pad], self._unpacked)
+        tensors = self.tensors if self.pad is None else {**self.tensors, self._pad: self.pad}
         return self._kept(tensors, self.pad)
 
     def _unpacked(self) -> dict[str, Tensor]:
         assert self.cu_seqlens is not None
         packing = _Packing(self.cu_seqlens)
         tensors = {name: packing.rows(t) for name, t in self.tensors.items()}
-        return self._kept({**tensors, PAD: packing.pad}, packing.pad)
+        return self._kept({**tensors, self._pad: packing.pad}, packing.pad)
 
     def _kept(self, tensors: dict[str, Tensor], pad: Tensor | None) -> dict[str, Tensor]:
         """The sinks and the window of each row, or all."""
@@ -176,19 +204,19 @@ class _Packing:
         return rows[self.row, self.column][None]
 
     def join(
-        self, past: Mapping[str, Tensor], new: Mapping[str, Tensor]
+        self, past: Mapping[str, Tensor], new: Mapping[str, Tensor], name: str
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Past and new rows, the past moved to the right over the padding of the new."""
         first = past[next(iter(new))]
         P = first.shape[1]
         slots = torch.arange(P + self.width, device=first.device)
         source = torch.where(slots >= P + self.hole, slots, (slots - self.hole).clamp_min(0))
-        before = past.get(PAD, first.new_zeros(first.shape[:2], dtype=torch.bool))
+        before = past.get(name, first.new_zeros(first.shape[:2], dtype=torch.bool))
         pad = take(torch.cat([before, self.pad], 1), source) | (slots < self.hole)
         common = int(pad.sum(1).min())
         source, pad = source[:, common:], pad[:, common:]
         joined = {
-            name: take(torch.cat([past[name], self.rows(t)], 1), source) for name, t in new.items()
+            key: take(torch.cat([past[key], self.rows(t)], 1), source) for key, t in new.items()
         }
         return joined, pad
 
