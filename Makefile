@@ -26,7 +26,7 @@ test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 bench: .venv/.installed
-	$(BIN)/subquad bench
+	$(BIN)/python benchmarks/cpu.py
 
 docs: .venv/.installed
 	rm -rf docs/_build docs/api

@@ -25,12 +25,14 @@ myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 autosummary_generate = True
-autodoc_default_options = {"members": True, "show-inheritance": True}
+# Only what a module defines: what it passes on stands on the page of its home.
+autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 # Hugging Face's own docstrings are not ours to render.
 autodoc_inherit_docstrings = False
 napoleon_use_rtype = False
+napoleon_custom_sections = [("Class attributes", "Attributes")]
 
 _SECTION = re.compile(r"(Args|Attributes|Class attributes|Returns|Raises|Yields|Notes?|Examples?):")
 _CODE = re.compile(r"(``.*?``|`[^`]*`(?:__?)?|:[a-z:]+:`[^`]*`)")

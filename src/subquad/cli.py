@@ -285,33 +285,32 @@ def train(
 
 @app.command()
 def bench(
-    repeats: Annotated[int, typer.Option(help="Of which the best counts.")] = 5,
+    models: Annotated[str, typer.Argument(help="As compare names them, e.g. softmax,gla,hybrid:3")],
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "256,1024,4096,16384",
+    dim: Annotated[int, typer.Option(help="Width of the models.")] = 256,
+    depth: Annotated[int, typer.Option(help="Layers of the models.")] = 4,
+    budget: Annotated[float, typer.Option(help="Most seconds of a prompt.")] = 20.0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda (in bfloat16).")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/bench"),
 ) -> None:
-    """The speed of this CPU's operations beside what one would run otherwise."""
-    from rich.table import Table
+    """Time models over the length, untrained: prefill, decode, state and peak memory."""
+    from subquad.bench import compare as bench
+    from subquad.bench import report, spec
 
-    from subquad.bench import results, speed, units
-
+    comparison = bench.Comparison(
+        mixers=tuple(spec.listed(models)),
+        tasks=(),
+        lengths=tuple(spec.value(T) for T in spec.listed(lengths)),
+        dim=dim,
+        depth=depth,
+        mlp_dim=2 * dim,
+        budget=budget,
+        device=device,
+    )
     console = _console()
-    console.print(", ".join(f"{k} {v}" for k, v in results.machine().items()))
-    table = Table("", "ours", "peer", "faster", "wanted", "peer is", box=None, pad_edge=False)
-    for race in speed.races():
-        with console.status(race.name):
-            found = speed.run(race, repeats)
-        colour = "green" if found.holds else "red"
-        table.add_row(
-            found.name,
-            units.seconds(found.ours),
-            units.seconds(found.peer),
-            f"[{colour}]{found.ratio:.2f}x[/]",
-            f"{found.required:g}x",
-            found.against,
-        )
-    console.print(table)
-    with console.status("time over length"):
-        times = speed.linearity()
-    shown = ", ".join(f"T {T:,}: {units.seconds(one)}" for T, one in times)
-    console.print(f"gated delta rule, forward+backward, a token: {shown}")
+    with _progress(console) as display:
+        results = bench.compare(comparison, out, display)
+    console.print(report.timings(results))
 
 
 if __name__ == "__main__":

@@ -257,6 +257,8 @@ def _speed_cell(label: str, model: CausalLMConfig, comparison: Comparison) -> _C
         from subquad.bench.measure import over_lengths
 
         lm = build(model, comparison.seed, comparison.device).eval()
+        if comparison.device == "cuda":
+            lm.bfloat16()
         found = over_lengths(lm, lengths, budget=comparison.budget, progress=tell)
         return {"kind": "speed", "entry": label, "parameters": parameters(model), **found}
 

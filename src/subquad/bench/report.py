@@ -51,6 +51,15 @@ paint();
 """
 
 
+# What is timed over the length: its key in a cell, its title, how a value is written.
+MEASURED = (
+    ("state", "state", units.bytes_),
+    ("prefill", "prefill", units.seconds),
+    ("decode", "a token", units.seconds),
+    ("peak", "peak memory", units.bytes_),
+)
+
+
 @dataclass(frozen=True)
 class Section:
     """A figure with its heading and a sentence on how to read it."""
@@ -140,14 +149,32 @@ def columns(results: Results) -> list[Column]:
     timed = [cell for cell in results.timed() if cell["lengths"]]
     if timed:
         T = min(cell["lengths"][-1] for cell in timed)
-        for key, title, shown in (
-            ("state", "state", units.bytes_),
-            ("prefill", "prefill", units.seconds),
-            ("decode", "a token", units.seconds),
-            ("peak", "peak memory", units.bytes_),
-        ):
+        for key, title, shown in MEASURED:
             values = {c["entry"]: c[key][c["lengths"].index(T)] for c in timed}
             out.append(_column(f"{title} at {T:,}", values, shown, False))
+    return out
+
+
+def timings(results: Results) -> Any:
+    """What was timed as a rich table: a row a measurement and length, a column an entry."""
+    from rich import box
+    from rich.markup import escape as plain
+    from rich.table import Table
+
+    cells = list(results.timed())
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("", "tokens", *(plain(cell["entry"]) for cell in cells)):
+        out.add_column(title, justify="right" if title else "left")
+    lengths = sorted({T for cell in cells for T in cell["lengths"]})
+    for key, title, shown in MEASURED:
+        for T in lengths:
+            values = [
+                shown(cell[key][cell["lengths"].index(T)]) if T in cell["lengths"] else "-"
+                for cell in cells
+            ]
+            out.add_row(
+                title if lengths[0] == T else "", f"{T:,}", *values, end_section=lengths[-1] == T
+            )
     return out
 
 
