@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-CHUNK = 64
+from subquad.ops.recurrence.plan import chunk_limit
 
 
 def flops(
-    *, B: int, T: int, H: int, K: int, V: int, delta: bool = False, chunk: int = CHUNK
+    *, B: int, T: int, H: int, K: int, V: int, delta: bool = False, chunk: int | None = None
 ) -> int:
     """Multiply-adds (counted as 2) of the chunked forward pass.
 
-    Each token meets its chunk's keys (c K) and values (c V) and the state twice (read and write,
-    2 K V); the delta rule adds W and U, c (K + V), the solve, c^2, and the correction, K V.
+    Each token meets the keys (c K) and the values (c V) of its chunk of c tokens, and the state
+    twice, to read and to write (2 K V). The delta rule adds the products of the keys (c K), the
+    triangular inverse (c^2 / 3) and its use (c V), and one more read of the state (K V).
     """
-    plain = chunk * (K + V) + 2 * K * V
-    extra = chunk * (2 * K + V) + chunk * chunk + K * V if delta else 0
+    c = chunk_limit(max(K, V)) if chunk is None else chunk
+    plain = c * (K + V) + 2 * K * V
+    extra = c * (K + V) + c * c // 3 + K * V if delta else 0
     return 2 * B * T * H * (plain + extra)
 
 
@@ -26,3 +28,8 @@ def bytes_moved(*, B: int, T: int, H: int, K: int, V: int, itemsize: int, gates:
 def state_bytes(*, H: int, K: int, V: int, B: int = 1) -> int:
     """Bytes of the float32 state."""
     return 4 * B * H * K * V
+
+
+def saved_bytes(*, B: int, T: int, H: int, K: int, V: int) -> int:
+    """Bytes of the float32 states that training keeps, one a chunk, beside the inputs."""
+    return state_bytes(H=H, K=K, V=V, B=B) * -(-T // chunk_limit(max(K, V)))

@@ -20,12 +20,17 @@ from torch import Tensor
 SLAB = 2**18  # elements of one chunked tensor of a slab
 
 
+def chunk_limit(width: int) -> int:
+    """Tokens a chunk where there are many: a token costs c (K + V) in its chunk and K V in the
+    state, so narrow heads take shorter chunks."""
+    return 32 if width <= 64 else 64
+
+
 def chunk_length(T: int, sequences: int | None, width: int) -> int:
-    """Tokens a chunk, a power of 2: 64 or, for heads of at most 64, 32 (a chunk costs c^2 a token,
-    a state K V); no more than the sequences have on average."""
+    """Tokens a chunk, a power of 2: no more than the sequences have on average."""
     mean = T if sequences is None else T // max(sequences, 1)
-    if mean > 32 and width > 64:
-        return 64
+    if mean > 32:
+        return chunk_limit(width)
     return 32 if mean > 16 else 16
 
 
@@ -60,7 +65,8 @@ class Slab:
         share the memory of x."""
         x = x if x.dim() == 4 else x[..., None]
         if self.tokens is not None:
-            return self._chunks(x).to(dtype).reshape(-1, self.chunk, x.shape[3])
+            rows = self._chunks(x).to(dtype).reshape(-1, self.chunk, x.shape[3])
+            return rows.contiguous()
         assert self.where is not None
         assert self.dead is not None
         rows = x.flatten(0, 2).index_select(0, self.where).to(dtype)

@@ -61,18 +61,17 @@ def step(q, k, v, decay, beta, scale, state) -> tuple[Tensor, Tensor]:
     q = q * scale
     read = (q * k).sum(-1, keepdim=True)
     if state is None:
-        S = None
-    elif decay is None:
-        S = state.to(wide)
+        S = q.new_zeros(*q.shape[:2], q.shape[3], w.shape[3])
     else:
+        S = state.to(wide)
+    if decay is not None:
         gate = decay[:, 0].to(wide).exp()
-        S = state.to(wide) * (gate[..., None] if gate.dim() == 3 else gate[..., None, None])
-    old = None if S is None else torch.cat([q, k], 2) @ S
+        S = S * (gate[..., None] if gate.dim() == 3 else gate[..., None, None])
+    old = torch.cat([q, k], 2) @ S
     if beta is not None:
-        w = w if old is None else w - old[:, :, 1:]
-        w = w * beta[:, 0, :, None, None].to(wide)
-    o = read * w if old is None else torch.addcmul(old[:, :, :1], read, w)
-    last = k.mT * w if S is None else torch.addcmul(S, k.mT, w)
+        w = (w - old[:, :, 1:]) * beta[:, 0, :, None, None].to(wide)
+    o = torch.addcmul(old[:, :, :1], read, w)
+    last = torch.addcmul(S, k.mT, w)
     return o.transpose(1, 2).to(v.dtype), last
 
 
