@@ -190,7 +190,8 @@ def of_band(band: Band, T: int, S: int, block: int, offset: int, device: torch.d
     # p - j in a tile runs from x - reach to x + reach, x = q * block + offset.
     any_q = -(-(lo - reach - offset) // block), (hi + reach - offset) // block
     full_q = -(-(lo + reach - offset) // block), (hi - reach - offset) // block
-    any_q = max(any_q[0], 1 - columns), min(any_q[1], rows - 1)
+    low = max(any_q[0], 1 - columns)
+    any_q = low, max(min(any_q[1], rows - 1), low - 1)
     cut = S % block != 0
     by_query = _runs(rows, columns, any_q, full_q, cut, False, device)
     by_key = _runs(columns, rows, any_q, full_q, cut, True, device)
@@ -218,10 +219,10 @@ def _runs(
     def between(q: tuple[int, int], last: Tensor | int) -> tuple[Tensor, Tensor]:
         ends = r + sign * q[0], r + sign * q[1]
         low, high = ends if turned else ends[::-1]
-        low, high = low.clamp_min(0), torch.minimum(high, torch.as_tensor(last, device=device))
-        return low, torch.maximum(high, low - 1)
+        return low.clamp_min(0), torch.minimum(high, torch.as_tensor(last, device=device))
 
     low, high = between(any_q, columns - 1)
+    high = torch.maximum(high, low - 1)
     # The column that S cuts is never full: by queries the last entry, by keys the whole row.
     last = (
         torch.where(r == rows - 1, -1, columns - 1)
@@ -230,7 +231,7 @@ def _runs(
     )
     full_low, full_high = between(full_q, last)
     full_low = torch.minimum(torch.maximum(full_low, low), high + 1)
-    full_high = torch.maximum(full_high, full_low - 1)
+    full_high = torch.maximum(torch.minimum(full_high, high), full_low - 1)
     count, full = high - low + 1, full_high - full_low + 1
     before = full_low - low
     n = torch.arange(min(width, columns), device=device)

@@ -1,0 +1,13 @@
+"""Choosing blocks of keys: pool them, score them, take the best under a budget.
+
+No step holds a T x S tensor of scores: pools are S / size long, masses and scores are reduced to
+blocks while they are made. The results are block indices as :func:`subquad.mask.blocks` takes them:
+int32, rising, -1 at the end of shorter rows.
+"""
+
+from subquad.ops.select.choose import cover, top
+from subquad.ops.select.pool import pool
+from subquad.ops.select.score import block_mass, window_mass
+from subquad.ops.select.search import halving
+
+__all__ = ["block_mass", "cover", "halving", "pool", "top", "window_mass"]

@@ -1,0 +1,49 @@
+"""Blocks of keys (or queries) as one vector each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subquad.ops import checks
+
+KINDS = ("mean", "max", "min", "sum")
+
+
+def pool(x: Tensor, size: int, *, stride: int | None = None, kind: str = "mean") -> Tensor:
+    """Pool windows of tokens.
+
+    Args:
+        x: ``[B,S,G,K]``.
+        size: tokens in a window.
+        stride: tokens from window to window. None: blocks of ``size`` that cover every token, the
+            last one pooled over the tokens that there are. An int: complete windows only.
+        kind: "mean", "max", "min" or "sum", by element.
+
+    Returns:
+        ``[B,n,G,K]``, n = ceil(S / size), or floor((S - size) / stride) + 1 (0 where S < size).
+        Differentiable.
+    """
+    checks.one_of("kind", kind, KINDS)
+    checks.positive("size", size)
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B,S,G,K], got shape {list(x.shape)}")
+    S = x.shape[1]
+    if stride is not None:
+        checks.positive("stride", stride)
+        if size > S:
+            return x[:, :0]
+        return _reduce(x.unfold(1, size, stride), -1, kind)
+    whole = S // size * size
+    blocks = _reduce(x[:, :whole].unflatten(1, (-1, size)), 2, kind) if whole else x[:, :0]
+    if whole == S:
+        return blocks
+    return torch.cat([blocks, _reduce(x[:, whole:], 1, kind)[:, None]], 1)
+
+
+def _reduce(x: Tensor, dim: int, kind: str) -> Tensor:
+    if kind == "max":
+        return x.amax(dim)
+    if kind == "min":
+        return x.amin(dim)
+    return x.mean(dim) if kind == "mean" else x.sum(dim)
