@@ -7,10 +7,15 @@ group shares its choice); n spans of ``size`` keys and c single keys a row; f = 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad import mask as masks
+from subquad.ops.attention import attention
+from subquad.ops.backend import interpreted
 from subquad.policies.base import Call
 
 COPIED = 1 << 22  # elements of keys copied at once
@@ -32,31 +37,75 @@ def attend(
     Returns:
         ``o [B,T,H,V]``.
     """
-    B, T, H, _ = call.q.shape
-    S, N = call.layer.keys.shape[1], starts.shape[1]
+    if call.tally is not None:
+        share = call.site.heads // starts.shape[1]
+        for _, _, _, keep in _pieces(call, starts, size, rows, columns):
+            call.count(keep.sum() * share)
+    kernels = call.q.is_cuda or interpreted()
+    if kernels and call.site.window is None and call.q.dtype != torch.float64:
+        return _kernels(call, starts, size, rows, columns)
+    return _gathered(call, starts, size, rows, columns)
+
+
+def _kernels(call: Call, starts: Tensor, size: int, rows: int, columns: Tensor | None) -> Tensor:
+    """By the block-sparse kernels, which read the lists where they are."""
+    T, S = call.q.shape[1], call.layer.keys.shape[1]
+    if T == 1:  # one row, wherever the token stands
+        starts, rows = _rising(starts), S
+    before = (S - T) // rows
+    starts = F.pad(starts, (0, 0, before, 0), value=-1)
+    if columns is not None:
+        columns = F.pad(columns, (0, 0, before, 0), value=-1)
+        m = masks.spans(starts, columns, size, rows)
+    elif call.layer.starts is None:
+        m = masks.blocks(starts // size, size, rows)
+    else:
+        m = masks.spans(starts, starts[..., :0], size, rows)
+    k, v = call.layer.keys, call.layer.values
+    return attention(call.q, k, v, masks.causal() & m, scale=call.scale)
+
+
+def _rising(starts: Tensor) -> Tensor:
+    """Lists in order, -1 at the end."""
+    none = torch.iinfo(starts.dtype).max
+    lists = torch.where(starts < 0, none, starts).sort(-1).values
+    return torch.where(lists == none, -1, lists)
+
+
+def _pieces(
+    call: Call, starts: Tensor, size: int, rows: int, columns: Tensor | None
+) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+    """Runs of rows: the batch row, the rows, their keys ``[N,r,L]`` and who sees these, bool
+    ``[N,r,rows,L]`` (no query that only fills up its row)."""
+    T, S, K = call.q.shape[1], call.layer.keys.shape[1], call.q.shape[3]
+    B, N, R, n = starts.shape
     first = (S - T) // rows
-    lead, R = S - T - first * rows, starts.shape[2]
-    q = F.pad(call.q, (0, 0, 0, 0, lead, R * rows - lead - T))
-    q = q.view(B, R, rows, N, H // N, -1).permute(0, 3, 1, 4, 2, 5)  # [B,N,R,f,rows,K]
-    position = (first * rows + torch.arange(R * rows, device=q.device)).view(R, rows)
-    o = q.new_zeros(*q.shape[:-1], call.v.shape[3])
-    step = max(1, COPIED // (N * max(starts.shape[3] * size, q.shape[-1]) * q.shape[-1]))
+    position = (first * rows + torch.arange(R * rows, device=starts.device)).view(R, rows, 1)
+    width = n * size + (0 if columns is None else columns.shape[3])
+    step = max(1, COPIED // (N * width * max(K, rows)))
     for b in range(B):
-        keys, values = call.layer.keys[b], call.layer.values[b]
         for r in range(0, R, step):
             here = slice(r, r + step)
             single = None if columns is None else columns[b, :, here]
             tokens = _tokens(starts[b, :, here], size, single)
-            p = position[here, :, None]
-            keep = (tokens[:, :, None] >= 0) & (tokens[:, :, None] <= p)  # [N,r,rows,L]
+            p, j = position[here], tokens[:, :, None]
+            keep = (j >= 0) & (j <= p) & (p >= S - T) & (p < S)
             if call.site.window is not None:
-                keep &= tokens[:, :, None] > p - call.site.window
-            if call.tally is not None:
-                real = (p >= S - T) & (p < S)
-                call.count((keep & real).sum() * (H // N))
-            o[b, :, here] = _softmax(
-                q[b, :, here], _pick(keys, tokens), _pick(values, tokens), keep, call.scale
-            )
+                keep &= j > p - call.site.window
+            yield b, here, tokens, keep
+
+
+def _gathered(call: Call, starts: Tensor, size: int, rows: int, columns: Tensor | None) -> Tensor:
+    """By copies of the chosen keys, some rows at a time."""
+    B, T, H, _ = call.q.shape
+    N, R = starts.shape[1:3]
+    lead = (call.layer.keys.shape[1] - T) % rows
+    q = F.pad(call.q, (0, 0, 0, 0, lead, R * rows - lead - T))
+    q = q.view(B, R, rows, N, H // N, -1).permute(0, 3, 1, 4, 2, 5)  # [B,N,R,f,rows,K]
+    o = q.new_zeros(*q.shape[:-1], call.v.shape[3])
+    for b, here, tokens, keep in _pieces(call, starts, size, rows, columns):
+        k, v = (_pick(x[b], tokens) for x in (call.layer.keys, call.layer.values))
+        o[b, :, here] = _softmax(q[b, :, here], k, v, keep, call.scale)
     o = o.permute(0, 2, 4, 1, 3, 5).reshape(B, R * rows, H, -1)
     return o[:, lead : lead + T]
 
