@@ -112,6 +112,15 @@ def test_heads_go_to_every_mixer_that_has_them():
     assert options == [None, 1, 4]
 
 
+def test_labels_stand_before_an_equals_sign_outside_brackets():
+    texts = ("gla[heads=2]", "mine=gla[heads=2]", "gla[heads=2] small=gla[heads=2]*2")
+    assert Comparison(mixers=texts).entries() == [
+        ("gla[heads=2]", "gla[heads=2]"),
+        ("mine", "gla[heads=2]"),
+        ("gla[heads=2] small", "gla[heads=2]*2"),
+    ]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A comparison run to its end without a break."""

@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from rows import ROWS
 from subquad.catalogue import systems
@@ -86,6 +89,20 @@ def test_imports_only_downwards(path):
 def test_every_room_has_a_floor():
     rooms = {p.relative_to(SOURCE).parts[0].removesuffix(".py") for p in _modules()}
     assert rooms - {"__init__", "__main__"} <= set(FLOOR)
+
+
+def test_every_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = list(project["dependencies"])
+    for extra in project["optional-dependencies"].values():
+        wanted += [line for line in extra if not line.startswith("subquad[")]
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line
+    )
+    pinned = {name.lower().replace("_", "-"): Version(version) for name, version in pins.items()}
+    for requirement in map(Requirement, wanted):
+        version = pinned[requirement.name.lower().replace("_", "-")]
+        assert requirement.specifier.contains(version), requirement
 
 
 def test_keys_are_unique():

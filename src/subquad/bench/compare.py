@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from subquad.train import TrainConfig
 
 Progress = Callable[[dict[str, Any]], None]
+# label=model: an equals sign outside the brackets of options.
+_LABELLED = re.compile(r"((?:[^\[\]=]|\[[^\]]*\])+)=(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +88,11 @@ class Comparison:
 
     def entries(self) -> list[tuple[str, str]]:
         """(label, model) of every entry."""
-        out = []
-        for text in self.mixers:
-            label, equals, model = text.partition("=")
-            named = equals and "[" not in label
-            out.append((label.strip(), model.strip()) if named else (text, text))
-        return out
+        matches = [_LABELLED.fullmatch(text) for text in self.mixers]
+        return [
+            (m[1].strip(), m[2].strip()) if m else (text, text)
+            for m, text in zip(matches, self.mixers, strict=True)
+        ]
 
 
 # Every entry has a short convolution somewhere: without one, a transformer of this size needs ten

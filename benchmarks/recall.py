@@ -1,0 +1,182 @@
+"""Recall against state size, and against the share of full attention.
+
+``python benchmarks/recall.py`` measures what the BASED and hybrid-analysis papers
+predict, on multi-query associative recall, with models small enough for a CPU:
+
+- ``state``: one short convolution and one mixer, over mixers and the sizes of their states;
+- ``hybrid``: linear mixers with a growing share of softmax layers, on recall and on text.
+
+Every model is trained with each learning rate and seed; a row is the best learning rate, the mean
+over the seeds. Deterministic; stopped at any time, the same command goes on. ``--group``, ``--lr``
+and ``--seed`` run a part, so that several processes can share the work; the plain command then
+finds all parts done and writes results/recall.json and the table in docs/evidence.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+
+from subquad.bench import units
+from subquad.bench.compare import Comparison, compare
+from subquad.bench.progress import Display
+from subquad.bench.results import Results, machine, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "recall.json"
+EVIDENCE = ROOT / "docs" / "evidence.md"
+START, END = "<!-- recall: written by benchmarks/recall.py -->", "<!-- recall ends -->"
+
+LRS = (1e-3, 3e-3)
+SEEDS = (0,)
+BASE = Comparison(
+    mixers=("softmax",),
+    dim=64,
+    depth=2,
+    heads=1,
+    mlp_dim=64,
+    init_std=0.045,
+    steps=2000,
+    batch=32,
+    eval_every=500,
+    eval_batches=8,
+    lengths=(),
+)
+RECALL = "mqar[vocab_size=256,length=128,pairs=32,dtype=float32]"
+# Mixers, each with its state at several sizes.
+SIZES = (
+    *(f"based[feature_dim={d}]" for d in (4, 8, 16)),
+    *(f"softmax[window={w}]" for w in (8, 32)),
+    *(f"linear_attention[head_dim={d}]" for d in (8, 32)),
+    *(f"retnet[head_dim={d}]" for d in (8, 32)),
+    *(f"gla[expand_k={k}]" for k in (0.125, 0.5)),
+    *(f"mamba2[state_dim={d}]" for d in (8, 32)),
+    *(f"gated_deltanet[head_dim={d}]" for d in (8, 16, 32)),
+    "softmax",
+)
+LINEAR = ("retnet", "gla", "gated_deltanet")
+RATIOS = {"none": "{0}*4", "3:1": "{0}*3 softmax", "1:1": "{0} softmax {0} softmax"}
+GROUPS = {
+    "state": replace(
+        BASE,
+        mixers=(
+            "base_conv alone=base_conv",
+            "based[feature_dim=16] alone=based[feature_dim=16]*2",
+            *(f"{mixer}=base_conv {mixer}" for mixer in SIZES),
+        ),
+        tasks=(RECALL,),
+    ),
+    "hybrid": replace(
+        BASE,
+        mixers=(
+            *(
+                f"{linear} {ratio}=base_conv {pattern.format(linear + '[heads=4]')}"
+                for linear in LINEAR
+                for ratio, pattern in RATIOS.items()
+            ),
+            "softmax=base_conv softmax*4",
+        ),
+        tasks=(RECALL, "text[length=128,batch=16,steps=500]"),
+        depth=5,
+    ),
+}
+
+
+def run(group: str, lr: float, seed: int, device: str, out: Path, console: Console) -> Results:
+    """One pass over a group; what is done already is kept."""
+    comparison = replace(GROUPS[group], lr=lr, seed=seed, device=device)
+    console.print(f"[bold]{group}[/bold], lr {lr:g}, seed {seed}")
+    with Display(console) as display:
+        return compare(comparison, out / f"{group}-lr{lr:g}-seed{seed}", display)
+
+
+def best(passes: dict[tuple[float, int], Results], task: str) -> list[dict[str, Any]]:
+    """A row an entry: the best learning rate by the mean over the seeds."""
+    rows = []
+    lrs, seeds = sorted({lr for lr, _ in passes}), sorted({seed for _, seed in passes})
+    cells = {key: {c["entry"]: c for c in r.trained(task)} for key, r in passes.items()}
+    for entry, cell in cells[lrs[0], seeds[0]].items():
+        scores = {lr: mean(cells[lr, seed][entry]["score"] for seed in seeds) for lr in lrs}
+        lr = (max if cell["higher_is_better"] else min)(scores, key=lambda lr: scores[lr])
+        row = {"entry": entry, "task": task, cell["metric"]: scores[lr], "lr": lr}
+        row |= {"scores": scores, "seeds": len(seeds)}
+        rows.append(row | {name: cell[name] for name in ("state_bytes", "parameters", "steps")})
+    return rows
+
+
+def tables(found: dict[str, list[dict[str, Any]]], made: dict[str, Any]) -> str:
+    """The measured tables as Markdown."""
+    recall = [row for row in found["state"] if row["task"] == "mqar"]
+    lines = [
+        f"`python benchmarks/recall.py` on {made['device']}, torch {made['torch']}: {RECALL}, "
+        f"{recall[0]['steps']:,} steps, {units.count(recall[0]['parameters'])} parameters, "
+        f"the best of the learning rates {', '.join(f'{lr:g}' for lr in LRS)}, "
+        f"{recall[0]['seeds']} seed(s).",
+        "",
+        "**Recall against state.** A short convolution, then one mixer:",
+        "",
+        "| mixer | state | accuracy |",
+        "| --- | ---: | ---: |",
+    ]
+    for row in sorted(recall, key=lambda row: row["state_bytes"]):
+        held = units.bytes_(row["state_bytes"])
+        lines.append(f"| `{row['entry']}` | {held} | {row['accuracy']:.2f} |")
+    by = {(row["entry"], row["task"]): row for row in found["hybrid"]}
+    lines += [
+        "",
+        "**Recall against the share of full attention.** A short convolution, then four layers:",
+        "",
+        "| linear mixer | linear : softmax | state | recall | text loss |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for entry in dict.fromkeys(row["entry"] for row in found["hybrid"]):
+        linear, _, ratio = entry.partition(" ")
+        recall_row, text_row = by[entry, "mqar"], by[entry, "text"]
+        lines.append(
+            f"| {linear} | {ratio or 'all softmax'} | {units.bytes_(recall_row['state_bytes'])} "
+            f"| {recall_row['accuracy']:.2f} | {text_row['loss']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def write_evidence(text: str) -> None:
+    """Put the tables between their marks in docs/evidence.md; the rest stays as it is."""
+    page = EVIDENCE.read_text()
+    if START not in page:
+        page = f"{page.rstrip()}\n\n## Recall and state size\n\n{START}\n{END}\n"
+    before, _, rest = page.partition(START)
+    _, _, after = rest.partition(END)
+    EVIDENCE.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--group", choices=list(GROUPS))
+    parser.add_argument("--lr", type=float, choices=LRS)
+    parser.add_argument("--seed", type=int, choices=SEEDS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "recall")
+    asked = parser.parse_args()
+    console, found = Console(), {}
+    for group in GROUPS if asked.group is None else (asked.group,):
+        passes = {
+            (lr, seed): run(group, lr, seed, asked.device, asked.out, console)
+            for lr in (LRS if asked.lr is None else (asked.lr,))
+            for seed in (SEEDS if asked.seed is None else (asked.seed,))
+        }
+        tasks = next(iter(passes.values())).tasks
+        found[group] = [row for task in tasks for row in best(passes, task)]
+    if asked.group is None and asked.lr is None and asked.seed is None:
+        write_json(RESULTS, {"made": machine(), "groups": found})
+        text = tables(found, machine())
+        write_evidence(text)
+        console.print(text, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
