@@ -6,6 +6,8 @@ A definition takes the policy and a call over all keys, and says which pairs are
 
 import torch
 
+import cache_definitions
+import hip_definition
 import prefill_definitions
 from policy_kit import Row, masked, rotate
 from subquad.policies.block_topk import BlockTopK
@@ -210,4 +212,6 @@ ROWS = [
         pieces=(32, 24),
         name="minference",
     ),
+    *cache_definitions.ROWS,
+    *hip_definition.ROWS,
 ]

@@ -101,6 +101,11 @@ class KVLayer(CacheLayerMixin):
             self._values.replace(value)
 
     @property
+    def compressed(self) -> bool:
+        """Whether a prompt was compressed: text after it is attended to as answers are."""
+        return False
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated for this layer."""
         return self._keys.nbytes + self._values.nbytes

@@ -4,10 +4,13 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "AdaSnapKV": "subquad.policies.ada_snapkv",
     "BlockTopK": "subquad.policies.block_topk",
     "FlexPrefill": "subquad.policies.flexprefill",
+    "HiP": "subquad.policies.hip",
     "Policy": "subquad.policies.base",
     "Quest": "subquad.policies.quest",
+    "SnapKV": "subquad.policies.snapkv",
     "StreamingLLM": "subquad.policies.streaming_llm",
     "VerticalSlash": "subquad.policies.vertical_slash",
     "create_policy": "subquad.policies.base",

@@ -208,7 +208,8 @@ class Policy:
         return call.dense()
 
     def decode(self, call: Call) -> Tensor:
-        """Attention of one token (T = 1): ``o [B,1,H,V]``."""
+        """Attention of one token (T = 1): ``o [B,1,H,V]``; once the layer is ``compressed``, of a
+        further piece of text too."""
         return call.dense()
 
     def settle(self, call: Call) -> None:

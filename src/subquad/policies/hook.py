@@ -72,10 +72,10 @@ def _attend(
     )
     if call.tally is not None:
         call.tally.add(q.shape[1], visible=call.visible())
-    if q.shape[1] == 1:
-        return applied.policy.decode(call), None
-    o = applied.policy.prefill(call)
-    applied.policy.settle(call)
+    answers = q.shape[1] == 1 or layer.compressed
+    o = applied.policy.decode(call) if answers else applied.policy.prefill(call)
+    if q.shape[1] > 1:
+        applied.policy.settle(call)
     return o, None
 
 

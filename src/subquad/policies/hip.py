@@ -1,0 +1,217 @@
+"""HiP: for each block of queries a search over halved segments finds the keys that fit it best.
+
+Lee et al. 2024, A Training-free Sub-quadratic Cost Transformer Model Serving Framework with
+Hierarchically Pruned Attention, arXiv 2406.09827 (the search of its v1.1).
+
+Legend: B batch, T queries, S keys, H query heads, G key heads, K head dim; R rows, each a block of
+b queries; c keys in a block; n blocks in the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.caches.kv import KVLayer
+from subquad.ops import checks
+from subquad.policies.base import Call, Policy, Site
+from subquad.policies.parts import chosen
+
+
+class HiPLayer(KVLayer):
+    """All keys and values, and what the last search of an answer chose.
+
+    Attributes:
+        choice: int ``[B,H,1,n]``, tokens as each row counts them, -1 for none; None before.
+        chosen_at: ``seen`` at that time.
+    """
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.choice: Tensor | None = None
+        self.chosen_at = 0
+
+    def select(self, rows: Tensor) -> None:
+        if self.choice is not None:
+            self.choice = self.choice.index_select(0, rows.to(self.choice.device))
+        super().select(rows)
+
+
+@dataclass(frozen=True)
+class HiP(Policy):
+    """Prompt and answer attend to some ``budget`` keys that a hierarchical search finds, to the
+    last ``window`` and to the first ``sinks``.
+
+    The keys before the window are cut in ``budget / block`` segments; these are halved again and
+    again, and the best halves, by one block of keys each, survive. No key is out of reach.
+
+    Attributes:
+        budget: keys that a search finds; block: c, neighbours that it takes together.
+        rows: b, queries that share a search, as they stand in a piece of text.
+        window, sinks: tokens attended to in any case.
+        representative: the block by which a segment is known, its "first" or the one at its
+            "center".
+        share: the query heads of a group search together.
+        dense_layers: so many first layers attend to everything.
+        refresh: decoded tokens that go by one search; the window grows in between.
+    """
+
+    REPRESENTATIVES: ClassVar[tuple[str, ...]] = ("first", "center")
+
+    budget: int = 512
+    block: int = 2
+    rows: int = 32
+    window: int = 256
+    sinks: int = 16
+    representative: str = "first"
+    share: bool = False
+    dense_layers: int = 3
+    refresh: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "block", "rows", "window", "refresh"):
+            checks.positive(name, getattr(self, name))
+        for name in ("sinks", "dense_layers"):
+            checks.positive(name, getattr(self, name), zero=True)
+        checks.one_of("representative", self.representative, self.REPRESENTATIVES)
+
+    def layer(self, site: Site) -> KVLayer:
+        return KVLayer() if site.index < self.dense_layers else HiPLayer()
+
+    def prefill(self, call: Call) -> Tensor:
+        if not isinstance(call.layer, HiPLayer):
+            return call.dense()
+        call.layer.choice = None
+        return call.unpadded(self._prefill)
+
+    def _prefill(self, call: Call) -> Tensor:
+        found = self.select(call.q, call.layer.keys)
+        return self._attend(call, found, self.rows, self.window)
+
+    def decode(self, call: Call) -> Tensor:
+        layer = call.layer
+        if not isinstance(layer, HiPLayer):
+            return call.dense()
+        if layer.choice is None or layer.seen - layer.chosen_at >= self.refresh:
+            alone = dataclasses.replace(self, rows=1)
+            found = [alone.select(row.q, row.layer.keys) for row in call.rows()]
+            layer.choice, layer.chosen_at = torch.cat(found), layer.seen
+        window = self.window + layer.seen - layer.chosen_at
+        rows = zip(call.rows(), layer.choice[:, None], strict=True)
+        return torch.cat([self._attend(row, found, 1, window) for row, found in rows])
+
+    def select(self, q: Tensor, k: Tensor) -> Tensor:
+        """The keys found for the last tokens ``q [B,T,H,K]`` among ``k [B,S,G,K]``.
+
+        Returns:
+            int ``[B,N,R,n]``, the first keys of the blocks, rising, -1 where there are fewer; a row
+            for every ``rows`` queries (the last one may be short); N is H, or G where shared.
+        """
+        (B, T, H, _), (S, G), b, c = q.shape, k.shape[1:3], self.rows, self.block
+        N, n, R = G if self.share else H, -(-self.budget // c), -(-T // b)
+        end = (S - T + b * torch.arange(1, R + 1, device=q.device) - self.window).clamp(0, S)
+        blocks, slot = -(-end // c), torch.arange(n, device=q.device)
+        bound = (blocks[:, None].double() / n * torch.arange(n + 1, device=q.device)).long()
+        starts, sizes = bound[:, :-1], bound.diff()
+        # Short rows have no more keys than the budget; for them there is nothing to search.
+        short = int((end <= self.budget).sum())
+        found = torch.where(slot < blocks[:short, None], slot, S).expand(B, N, -1, -1)
+        parts, step = [found], max(1, chosen.COPIED // (B * N * n * c * q.shape[3]))
+        for r in range(short, R, step):
+            here = slice(r, min(r + step, R))
+            sample = self._sample(q, here, N)
+            parts.append(self._search(sample, k, starts[here], sizes[here], blocks[here] / n))
+        found = torch.cat(parts, 2).sort(-1).values
+        return torch.where(found == S, -1, found * c)
+
+    def _sample(self, q: Tensor, here: slice, N: int) -> Tensor:
+        """The queries that speak for the rows ``here``: every other one, of all heads that search
+        together, ``[B,N,r,m,K]``."""
+        (T, b), device = (q.shape[1], self.rows), q.device
+        first = b * torch.arange(here.start, here.stop, device=device)[:, None]
+        index = first + torch.arange(b > 1, b, 2, device=device)
+        # A row cut short repeats its last one (its first, where there is no other).
+        last = torch.where(index < T, index, first).amax(1, keepdim=True)
+        q = q[:, torch.where(index < T, index, last)].unflatten(3, (N, -1))  # [B,r,m,N,f,K]
+        return q.permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
+
+    def _search(self, q: Tensor, k: Tensor, a: Tensor, g: Tensor, span: Tensor) -> Tensor:
+        """Halve and choose: the first blocks ``[B,N,r,n]`` of the segments that survive.
+
+        Args:
+            q: ``[B,N,r,m,K]``; k: ``[B,S,G,K]``.
+            a, g: int ``[r,n]``, where the segments begin and their sizes, in blocks of keys.
+            span: float ``[r]``, their mean size; it is halved until it is 1.
+        """
+        (B, N, r), n = q.shape[:3], a.shape[1]
+        a, g = (x.expand(B, N, r, n).clone() for x in (a, g))
+        span = span.clone()
+        while (live := int((span > 1).sum())) > 0:
+            # Spans never fall from row to row, so those still at work are the last.
+            own = (slice(None), slice(None), slice(r - live, None))
+            half = g[own] // 2
+            starts = torch.cat([a[own], a[own] + half], -1)
+            sizes = torch.cat([half, g[own] - half], -1)
+            by = starts if self.representative == "first" else starts + sizes // 2
+            score = self._score(q[own], k, by).masked_fill(sizes < 1, -torch.inf)
+            best = score.topk(n, -1).indices
+            a[own], g[own] = starts.gather(-1, best), sizes.gather(-1, best)
+            span /= 2
+        return a
+
+    def _score(self, q: Tensor, k: Tensor, blocks: Tensor) -> Tensor:
+        """The largest product of the queries ``[B,N,r,m,K]`` with a key of each block
+        ``[B,N,r,l]``."""
+        (B, S, G, _), N, c = k.shape, q.shape[1], self.block
+        tokens = (blocks[..., None] * c + torch.arange(c, device=k.device)).clamp_max(S - 1)
+        row = torch.arange(B, device=k.device)[:, None, None, None, None]
+        head = (torch.arange(N, device=k.device) * G // N)[:, None, None, None]
+        keys = k[row, tokens, head].flatten(3, 4)  # [B,N,r,l*c,K]
+        products = torch.einsum("bnrmk,bnrlk->bnrml", q, keys)
+        return products.amax(3).unflatten(-1, (-1, c)).amax(-1)
+
+    def _attend(self, call: Call, found: Tensor, rows: int, window: int) -> Tensor:
+        """Each query over the keys found for its row, its window and the sinks, each key once."""
+        (B, T, _, K), S = call.q.shape, call.layer.keys.shape[1]
+        (N, R, n), c = found.shape[1:], self.block
+        q = F.pad(call.q, (0, 0, 0, 0, 0, R * rows - T)).unflatten(1, (R, rows))
+        q = q.unflatten(3, (N, -1)).permute(0, 3, 1, 4, 2, 5)  # [B,N,R,f,rows,K]
+        o = q.new_zeros(*q.shape[:-1], call.v.shape[3])
+        place = (S - T + torch.arange(R * rows, device=q.device)).view(R, rows)
+        step = max(1, chosen.COPIED // (N * (n * c + window + rows + self.sinks) * K))
+        for b in range(B):
+            for r in range(0, R, step):
+                here = (b, slice(None), slice(r, r + step))
+                tokens, keep = self._visible(call, found[here], place[r : r + step], window)
+                call.count((keep & (place[r : r + step] < S)[..., None]).sum() * q.shape[3])
+                k, v = (chosen._pick(x[b], tokens) for x in (call.layer.keys, call.layer.values))
+                o[here] = chosen._softmax(q[here], k, v, keep, call.scale)
+        return o.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2, 3)[:, :T]
+
+    def _visible(
+        self, call: Call, found: Tensor, place: Tensor, window: int
+    ) -> tuple[Tensor, Tensor]:
+        """The keys ``[N,r,L]`` for the queries at ``place [r,rows]``, and who sees which, bool
+        ``[N,r,rows,L]``. A key found that is in the window or a sink is not seen twice."""
+        (N, r, _), s, device = found.shape, self.sinks, found.device
+        blocks = torch.where(found < 0, -self.block, found)[..., None]
+        picked = (blocks + torch.arange(self.block, device=device)).flatten(-2)
+        near = place[:, :1] + torch.arange(1 - window, place.shape[1], device=device)
+        first = torch.arange(s, device=device)
+        tokens = torch.cat([picked, near.expand(N, -1, -1), first.expand(N, r, -1)], -1)
+        # What each of the three parts may show: keys beyond the window, in it, and before.
+        kind = torch.tensor([0, 1, 2], device=device).repeat_interleave(
+            torch.tensor([picked.shape[2], near.shape[1], s], device=device)
+        )
+        j = tokens[:, :, None]
+        distance = place[..., None] - j
+        own = torch.where(j < s, 2, (distance < window).long())
+        keep = (own == kind) & (j >= 0) & (distance >= 0)
+        if call.site.window is not None:
+            keep &= distance < call.site.window
+        return tokens, keep
