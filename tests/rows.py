@@ -1,10 +1,12 @@
 """The table of mixers under test: a system joins with one row."""
 
+import golden_ops
 from kit import Row
 
 MLA_SIZES = {
     "dim": 16, "heads": 2, "latent_dim": 6, "nope_dim": 4, "rope_dim": 2, "value_dim": 5,
 }  # fmt: skip
+S2_WEIGHTS = {f"{n}_proj.weight": f"w.{n}_proj.weight" for n in "qkvo"}
 
 ROWS = [
     Row("base_conv", {"dim": 16}),
@@ -113,6 +115,122 @@ ROWS = [
         {"dim": 16, "head_dim": 8, "state_dim": 4, "groups": 2, "dt_limit": (0.05, 0.5)},
         name="grouped",
     ),
+    Row(
+        "power_attention",
+        {"dim": 16, "heads": 2, "block": 2, "window": 2},
+        golden=golden_ops.power_attention,
+    ),
+    Row(
+        "power_attention",
+        {"dim": 16, "heads": 4, "kv_heads": 2, "block": 3, "window": 1, "qk_norm": True},
+        name="grouped",
+    ),
+    Row(
+        "longlora",
+        {"dim": 32, "heads": 4, "kv_heads": 2, "group": 16},
+        name="t64",
+        golden=S2_WEIGHTS,
+    ),
+    Row(
+        "longlora",
+        {"dim": 32, "heads": 4, "kv_heads": 2, "group": 24},
+        name="t96",
+        golden=S2_WEIGHTS,
+    ),
+    Row("longlora", {"dim": 16, "heads": 4, "kv_heads": 2, "group": 4}, name="grouped"),
+    Row("longlora", {"dim": 16, "heads": 2, "group": 6, "rope_factor": 4.0}, name="stretched"),
+    Row("masformer", {"dim": 16, "heads": 2, "block": 3}),
+    Row("masformer", {"dim": 16, "heads": 4, "kv_heads": 2, "block": 4, "previous": 0}, name="own"),
+    Row(
+        "masformer",
+        {"dim": 16, "heads": 2, "block": 4, "short": "window", "full": 1, "layer": 1, "layers": 2},
+        name="window",
+    ),
+    Row("masformer", {"dim": 16, "heads": 2, "full": 1, "layers": 2}, name="full"),
+    Row("ls_attention", {"dim": 16, "heads": 4, "span": 5}),
+    Row(
+        "ls_attention",
+        {
+            "dim": 16,
+            "heads": 4,
+            "kv_heads": 2,
+            "local_heads": 2,
+            "span": 3,
+            "head_dim": 6,
+            "rope_theta": 100.0,
+        },
+        name="grouped",
+    ),
+    Row("neighborhood", {"dim": 16, "heads": 2, "window": 5, "causal": True}),
+    Row(
+        "neighborhood",
+        {
+            "dim": 16,
+            "heads": 4,
+            "kv_heads": 2,
+            "window": 3,
+            "dilation": 3,
+            "causal": True,
+            "registers": 3,
+        },
+        name="dilated",
+    ),
+    Row(
+        "neighborhood",
+        {"dim": 32, "heads": 4, "window": [3, 5], "dilation": [2, 1]},
+        name="mod",
+        golden="foreign",
+        causal=False,
+        grid=(8, 9),
+    ),
+    Row("gna", {"dim": 16, "heads": 2, "window": 5, "stride": 3, "causal": True}),
+    Row(
+        "gna",
+        {"dim": 16, "heads": 2, "window": 4, "stride": 2, "dilation": 2, "causal": True},
+        name="dilated",
+    ),
+    Row(
+        "gna",
+        {"dim": 16, "heads": 2, "window": [4, 3], "stride": [2, 3]},
+        name="image",
+        causal=False,
+        grid=(6, 5),
+    ),
+    Row("cca", {"dim": 16, "heads": 2, "group": 3, "local": 4}),
+    Row(
+        "cca",
+        {"dim": 16, "heads": 4, "kv_heads": 2, "group": 2, "local": 1, "core_rope": "rotated"},
+        name="grouped",
+    ),
+    Row(
+        "infllm_v2",
+        {
+            "dim": 16,
+            "heads": 4,
+            "kv_heads": 2,
+            "block": 4,
+            "local": 1,
+            "topk": 2,
+            "dense_len": 0,
+        },
+        golden=golden_ops.infllm_v2,
+    ),
+    Row(
+        "infllm_v2",
+        {
+            "dim": 16,
+            "heads": 2,
+            "block": 4,
+            "init": 0,
+            "local": 1,
+            "topk": 1,
+            "dense_len": 0,
+            "approximate": False,
+            "nope": True,
+        },
+        name="nope",
+    ),
+    Row("infllm_v2", {"dim": 16, "heads": 2, "block": 4}, name="dense"),
     Row("gated_deltanet", {"dim": 16, "heads": 2, "head_dim": 8, "conv_size": 4}),
     Row(
         "gated_deltanet",
