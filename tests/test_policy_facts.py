@@ -5,12 +5,18 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from policy_kit import close
+from policy_kit import close, masked
+from subquad import mask
 from subquad.caches.paged import PagedLayer
 from subquad.caches.ring import RingLayer
-from subquad.policies.base import Call, Site
+from subquad.ops.attention import attention
+from subquad.policies.base import Call, Site, Tally
+from subquad.policies.block_topk import BlockTopK
+from subquad.policies.flexprefill import FlexPrefill, cover
+from subquad.policies.parts import lines
 from subquad.policies.quest import Quest
 from subquad.policies.streaming_llm import StreamingLLM
+from subquad.policies.vertical_slash import VerticalSlash
 
 
 @pytest.fixture
@@ -119,3 +125,169 @@ def test_quest_bounds_hold():
         assert (per_token >= scores - 1e-5).all()
         if page == 1:
             close(bound, scores, 1e-5)
+
+
+def _call(q, k, v, policy):
+    """A prompt's call over a layer of the policy's, by hand."""
+    H, G = q.shape[2], k.shape[2]
+    site = Site(1, 2, heads=H, kv_heads=G, head_dim=q.shape[3], window=None)
+    layer = policy.layer(site)
+    layer.update(k.transpose(1, 2), v.transpose(1, 2))
+    places = torch.arange(q.shape[1]).expand(len(q), -1)
+    return Call(site, q, k, v, layer, q.shape[3] ** -0.5, None, places, _rope, Tally())
+
+
+def _random(T=200, H=2, K=16):
+    return (torch.randn(1, T, H, K) for _ in range(3))
+
+
+def _dense(q, k, v):
+    return attention(q, k, v, mask.causal())
+
+
+def test_sinks_carry_a_planted_sink():
+    """Where every query looks at the first token, a window without it errs far more."""
+    q, k, v = _random()
+    common = nn.functional.normalize(torch.randn(16), dim=-1)
+    q, k[:, 0] = q + 4 * common, 8 * common
+    error = {}
+    for sinks in (0, 4):
+        policy = StreamingLLM(sinks=sinks, window=32, position="absolute")
+        error[sinks] = (policy.prefill(_call(q, k, v, policy)) - _dense(q, k, v)).norm()
+    assert error[0] > 3 * error[4]
+
+
+def test_window_of_one_is_the_value():
+    q, k, v = _random()
+    for position in ("cache", "absolute"):
+        policy = StreamingLLM(sinks=0, window=1, position=position)
+        close(policy.prefill(_call(q, k, v, policy)), v, 1e-6)
+
+
+def test_stream_does_not_know_its_length():
+    """Once the cache is full, a stream that began later behind the same sinks gives the same."""
+    policy, (q, k, v) = StreamingLLM(sinks=4, window=20), _random(T=90)
+    late = [torch.cat([x[:, :4], x[:, 40:]], 1) for x in (q, k, v)]
+    whole, short = (policy.prefill(_call(*x, policy)) for x in ((q, k, v), late))
+    close(whole[:, 60:], short[:, 24:], 1e-5)
+
+
+def test_block_topk_facts():
+    """Three forced blocks are sinks and two local blocks; a planted block is found; the count of
+    pairs is the closed form; nothing is read outside the chosen blocks."""
+    q, k, v = _random(T=160)
+    policy = BlockTopK(block=16, topk=3)
+    keep = torch.arange(160)[:, None] // 16 - torch.arange(160) // 16
+    keep = ((keep < 2) | (torch.arange(160) < 16)) & torch.ones(160, 160).tril().bool()
+    want = masked(q, k, v, keep[None, None].expand(1, 2, -1, -1), 0.25)
+    close(policy.prefill(_call(q, k, v, policy)), want, 1e-5)
+
+    k[:, 64:80] = 3 * q[:, 128:144].mean(1, keepdim=True)
+    for variant in BlockTopK.VARIANTS:
+        policy = BlockTopK(block=16, topk=4, variant=variant)
+        index = policy.select(q, k)
+        assert (index[0, :, 8] == 4).any(-1).all()
+        assert (index >= 0).sum(-1).equal(torch.arange(1, 11).clamp_max(4).expand(1, 2, -1))
+    call = _call(q, k, v, policy)
+    o = policy.prefill(call)
+    blocks = 2 * (4 * 5 // 2 + 6 * 4)
+    diagonal = 2 * 10 * 16 * 15 // 2  # what causality takes from the ten blocks of the diagonal
+    assert call.tally.prefill.attended in range(blocks * 256 - diagonal, blocks * 256 + 1)
+    unread = sorted(set(range(10)) - set(index[0, 0, 9].tolist()))
+    changed = v.clone()
+    changed[:, 16 * unread[0] : 16 * unread[0] + 16, 0] += 1
+    close(policy.prefill(_call(q, k, changed, policy))[:, 144:], o[:, 144:], 1e-6)
+
+
+def test_vertical_slash_finds_what_was_planted():
+    """Columns with a common component, and a distance at which keys repeat queries."""
+    q, k, _ = _random(T=256)
+    planted, common = torch.tensor([70, 101, 180]), torch.randn(16)
+    q, k[:, planted] = q + common, 3 * common
+    policy = VerticalSlash(vertical=40, slash=50)
+    columns, _ = policy.select(q, k, 0.25)
+    assert torch.isin(planted, columns).all()
+
+    q, _, _ = _random(T=256)
+    k = torch.cat([q[:, 37:], torch.randn(1, 37, 2, 16)], 1)  # key t is query t + 37
+    _, distances = VerticalSlash(slash=110, local=100).select(q, 4 * k, 1.0)
+    assert (distances == 37).any(-1).all()
+    _, distances = VerticalSlash(slash=60, local=10, variant="minference").select(q, 4 * k, 1.0)
+    assert (distances == 37).any(-1).all()
+
+
+def test_vertical_slash_is_a_superset():
+    """What the blocks hold contains the chosen columns and diagonals, at any length."""
+    for T in (65, 128, 200):
+        columns, distances = (torch.randperm(T)[:9].sort().values[None, None] for _ in range(2))
+        distances[..., 0] = 0
+        starts, single = lines.blocks(columns, distances, T, T, 16)
+        p, j = torch.arange(T)[:, None], torch.arange(T)
+        ideal = (j <= p) & (torch.isin(j, columns) | torch.isin(p - j, distances))
+        seen = mask.spans(starts, single, 16).dense(T, T)
+        assert not (ideal & ~seen).any()
+
+
+def test_vertical_slash_beats_a_window_of_its_size():
+    """A planted column far back: less error than the last tokens of equal number."""
+    q, k, v = _random(T=512)
+    common = nn.functional.normalize(torch.randn(16), dim=-1)
+    q, k[:, 40] = q + 4 * common, 8 * common
+    policy = VerticalSlash(vertical=16, slash=20, local=16, sinks=2, variant="frontier")
+    call = _call(q, k, v, policy)
+    error = (policy.prefill(call) - _dense(q, k, v)).norm()
+    width = round(call.tally.prefill.attended / (2 * 512))
+    window = StreamingLLM(sinks=0, window=width, position="absolute")
+    assert error < 0.5 * (window.prefill(_call(q, k, v, window)) - _dense(q, k, v)).norm()
+
+
+def test_flexprefill_limits():
+    """tau decides who is query-aware, gamma how much is taken, and every row keeps two blocks."""
+    q, k, _ = _random(T=256)
+    sizes = []
+    for gamma in (0.3, 0.6, 0.9):
+        index = FlexPrefill(gamma=gamma, tau=0, min_budget=0, block=16, unit=16).select(q, k, 0.25)
+        sizes.append(int((index >= 0).sum()))
+        row = torch.arange(16)[:, None]
+        assert (index == 0).any(-1).all()
+        assert (index == row).any(-1).all()
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) == 3
+    never, always = (
+        FlexPrefill(gamma=0.5, tau=tau, min_budget=32, block=16, unit=16) for tau in (0, 0.8327)
+    )
+    p = torch.full((1, 2, 16), 1 / 16)
+    means = torch.randn(1, 16, 2, 16)
+    assert not never._query_aware(q[:, -16:], means, p, 0.25).any()
+    assert always._query_aware(q[:, -16:], means, p, 0.25).all()
+
+
+def test_flexprefill_spends_what_the_text_asks_for():
+    """Peaked attention takes little; flat attention about gamma of the tokens."""
+    flat = torch.full((1, 1, 1000), 1e-3, dtype=torch.float64)
+    peaked = torch.zeros(1, 1, 1000).index_fill(-1, torch.tensor([5]), 1.0)
+    assert abs(int(cover(flat, 0.8)) - 800) <= 2
+    assert int(cover(peaked, 0.8)) == 1
+
+
+def test_quest_beats_sinks_and_window_on_far_needles():
+    """At equal budgets: the best tokens err least, then Quest, then sinks and the last tokens."""
+    error = {"best": 0.0, "quest": 0.0, "last": 0.0}
+    for _ in range(5):
+        q, k, v = _random(T=512)
+        far = torch.randint(20, 300, (3,))
+        k[:, far] = 4 * q[:, -1:]
+        want = _dense(q, k, v)[:, -1:]
+        quest = Quest(budget=64, page=16, dense_layers=0)
+        layer, site = PagedLayer(16), Site(1, 2, heads=2, kv_heads=2, head_dim=16, window=None)
+        layer.update(k.transpose(1, 2), v.transpose(1, 2))
+        last = q[:, -1:], k[:, -1:], v[:, -1:]
+        call = Call(site, *last, layer, 0.25, None, torch.tensor([[511]]), _rope)
+        error["quest"] += float((quest.decode(call) - want).norm())
+        scores = torch.einsum("hk,shk->hs", q[0, -1], k[0])
+        best = torch.zeros_like(scores, dtype=torch.bool)
+        best.scatter_(1, scores.topk(64).indices, True)
+        error["best"] += float((masked(last[0], k, v, best[None, :, None], 0.25) - want).norm())
+        window = StreamingLLM(sinks=4, window=60, position="absolute")
+        error["last"] += float((window.prefill(_call(q, k, v, window))[:, -1:] - want).norm())
+    assert error["best"] <= error["quest"] < 0.5 * error["last"]
