@@ -3,7 +3,8 @@
 In a chunk with the incoming state S, b the sum of its log gates, c its last token:
 
     P = lower(Q K^T exp(b_i - b_j));   N = strict_lower(beta K K^T exp(b_i - b_j))
-    D = (I + N)^-1 beta (V - (exp(b) K) S)           with the delta rule, else D = V
+    U = (I + N)^-1 beta V;   W = -(I + N)^-1 beta (exp(b) K)
+    D = U + W S                                       with the delta rule, else D = V
     O = scale ((exp(b) Q) S + P D)
     S <- exp(b_c) S + (exp(b_c - b) K)^T D
 
@@ -11,6 +12,8 @@ Sources: Yang et al., arXiv 2406.06484 (the delta rule), 2412.06464 (its gate), 
 channel). The backward pass keeps the state before every chunk and nothing else of the forward pass;
 it walks the chunks in reverse. The inverse needs no gradient of its own: with Y = beta (V -
 (exp(b) K) S) and D = (I + N)^-1 Y, it is dY = (I + N)^-T dD and dN = -dY D^T.
+
+Only the states are carried from chunk to chunk; all else is done for a slab of chunks at once.
 
 The queries and the keys times -beta enter alike, as the rows of one matrix: [P; -N] are their pairs
 with K, [dO; dY] are the gradients of what they read from S.
@@ -20,6 +23,8 @@ times heads of a slab.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +42,8 @@ class Part:
             -beta) and the keys under their decay.
         pairs: ``[X,r c,c]``, the gated products of the rows with k.
         inverse: ``(I + N)^-1 [X,c,c]``; None without the delta rule.
-        whole: for each step the gates of its chunks ``[.,D,1]``, or None.
+        U, W: ``[X,c,V]``, ``[X,c,K]``, as above; V and None without the delta rule. U is handed
+            out once: D is made in its place.
     """
 
     def __init__(self, slab: Slab, q, k, v, decay, beta, scale: float, dtype: torch.dtype) -> None:
@@ -54,9 +60,11 @@ class Part:
             torch.mul(k, -self.beta, out=rows[:, c:])
         self.gate = gate_of(rows, k, None if decay is None else slab.take(decay, dtype))
         self.pairs = self.gate.pairs()
-        self.inverse = None if beta is None else unit_inverse(self.pairs[:, c:])
-        whole = self.gate.whole
-        self.whole = [None] * len(slab.steps) if whole is None else whole.split(slab.steps)
+        self.U, self.W, self.inverse = self.v, None, None
+        if beta is not None:
+            self.inverse = unit_inverse(self.pairs[:, c:])
+            self.U = torch.bmm(self.inverse, self.v)
+            self.W = torch.bmm(self.inverse, self.gate.reads[:, c:])
 
 
 def forward(
@@ -91,26 +99,34 @@ def forward(
     return o, plan.unsort(S.view(plan.N, H, K, V)), states
 
 
-def _forget(S: Tensor, gate: Tensor | None) -> Tensor:
-    return S if gate is None else S.mul_(gate)
+def _cut(t: Tensor | None, steps: list[int]) -> Sequence[Tensor | None]:
+    return [None] * len(steps) if t is None else t.split(steps)
+
+
+def _carry(S: Tensor, gate: Tensor | None, added: Tensor | None, out: Tensor) -> Tensor:
+    """``gate * S + added``."""
+    if added is None:
+        return out.copy_(S) if gate is None else torch.mul(S, gate, out=out)
+    if gate is None:
+        return torch.add(S, added, out=out)
+    return torch.addcmul(added, S, gate, out=out)
 
 
 def _scan(part: Part, steps: list[int], S: Tensor, before: Tensor) -> Tensor:
     """Carry S through the slab; leaves the states before its chunks, returns what they write."""
-    writes, befores = part.gate.writes, before.split(steps)
-    if part.inverse is None:
-        added = torch.bmm(writes.mT, part.v).split(steps)
-        for n, gate, kept, new in zip(steps, part.whole, befores, added, strict=True):
-            kept.copy_(S[:n])
-            _forget(S[:n], gate).add_(new)
-        return part.v
-    D = torch.empty_like(part.v)
-    tensors = (part.v, part.gate.reads[:, part.c :], part.inverse, writes.mT, D)
-    cut = (t.split(steps) for t in tensors)
-    for n, gate, kept, v, r, inverse, w, d in zip(steps, part.whole, befores, *cut, strict=True):
-        kept.copy_(S[:n])
-        torch.bmm(inverse, torch.baddbmm(v, r, S[:n]), out=d)
-        _forget(S[:n], gate).baddbmm_(w, d)
+    D, W, writes = part.U, part.W, part.gate.writes.mT
+    gates, befores = _cut(part.gate.whole, steps), before.split(steps)
+    added = _cut(torch.bmm(writes, D) if W is None else None, steps)
+    cut = list(zip(befores, gates, added, _cut(W, steps), writes.split(steps), D.split(steps)))
+    befores[0].copy_(S[: steps[0]])
+    for i, (old, gate, add, w, write, d) in enumerate(cut):
+        last = i + 1 == len(steps)
+        straight = not last and steps[i + 1] == steps[i]
+        new = _carry(old, gate, add, befores[i + 1] if straight else S[: steps[i]])
+        if w is not None:
+            new.baddbmm_(write, d.baddbmm_(w, old))
+        if not last and not straight:
+            befores[i + 1].copy_(S[: steps[i + 1]])
     return D
 
 
@@ -151,10 +167,13 @@ def backward(
 def _gradients(part: Part, steps: list[int], S: Tensor, E: Tensor, dS: Tensor):
     """Gradients of a slab's q, k, v, decay and beta from that of its output, E ``[X,c,V]``, and
     of the state after it, dS, which is carried to before it."""
-    c, gate, D = part.c, part.gate, part.v
+    c, gate = part.c, part.gate
+    D = part.U if part.W is None else part.U.baddbmm_(part.W, S)
+    dD, after = _reverse_scan(part, steps, E, dS)
+    dv = dD
     if part.inverse is not None:
-        D = torch.bmm(part.inverse, torch.baddbmm(part.v, gate.reads[:, c:], S))
-    dv, E, after = _reverse_scan(part, steps, E, dS)
+        dv = torch.bmm(part.inverse.mT, dD)
+        E = torch.cat([E, dv], 1)
     dA, dreads, dwrites = torch.bmm(E, D.mT), torch.bmm(E, S.mT), torch.bmm(D, after.mT)
     drows, dk, ddecay = gate.gradients(part.pairs, dA, dreads, dwrites, S, after)
     dq = drows[:, :c].mul_(part.scale)
@@ -165,27 +184,29 @@ def _gradients(part: Part, steps: list[int], S: Tensor, E: Tensor, dS: Tensor):
     return dq, dk, dv * part.beta, ddecay, dbeta
 
 
-def _reverse_scan(
-    part: Part, steps: list[int], E: Tensor, dS: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Carry dS back through the slab. Returns the gradients of v, of what the rows read from S
-    (E, and below it those of v, for the delta rule), and of the states after the chunks."""
-    (X, c, K), V = part.gate.k.shape, E.shape[2]
-    after = dS.new_empty(X, K, V)
+def _reverse_scan(part: Part, steps: list[int], E: Tensor, dS: Tensor) -> tuple[Tensor, Tensor]:
+    """Carry dS back through the slab. Returns the gradients of D and of the states after the
+    chunks."""
+    c, gate, W = part.c, part.gate, None if part.W is None else part.W.mT
     dD = torch.bmm(part.pairs[:, :c].mT, E)
-    backwards = [t[::-1] for t in (steps, part.whole, after.split(steps))]
-    if part.inverse is None:
-        added = torch.bmm(part.gate.reads.mT, E).split(steps)[::-1]
-        for n, gate, kept, new in zip(*backwards, added, strict=True):
-            kept.copy_(dS[:n])
-            _forget(dS[:n], gate).add_(new)
-        return dD.baddbmm_(part.gate.writes, after), E, after
-    both = E.new_empty(X, 2 * c, V)
-    both[:, :c] = E
-    tensors = (dD, part.gate.writes, part.inverse.mT, part.gate.reads.mT, both)
-    cut = (t.split(steps)[::-1] for t in tensors)
-    for n, gate, kept, d, w, inverse, r, e in zip(*backwards, *cut, strict=True):
-        kept.copy_(dS[:n])
-        e[:, c:] = torch.bmm(inverse, d.baddbmm_(w, dS[:n]))
-        _forget(dS[:n], gate).baddbmm_(r, e)
-    return both[:, c:], both, after
+    added = torch.bmm(gate.reads[:, :c].mT, E)
+    after = torch.empty_like(added)
+    afters = after.split(steps)
+    cut = zip(
+        afters,
+        _cut(gate.whole, steps),
+        added.split(steps),
+        _cut(W, steps),
+        dD.split(steps),
+        gate.writes.split(steps),
+    )
+    afters[-1].copy_(dS[: steps[-1]])
+    for i, (old, whole, add, w, d, write) in reversed(list(enumerate(cut))):
+        n = steps[i]
+        to = afters[i - 1] if i else dS
+        new = _carry(old, whole, add, to[:n])
+        if w is not None:
+            new.baddbmm_(w, d.baddbmm_(write, old))
+        if i and steps[i - 1] > n:
+            to[n:] = dS[n : steps[i - 1]]
+    return dD if W is not None else dD.baddbmm_(gate.writes, after), after

@@ -51,10 +51,31 @@ def levels(fore: Tensor, back: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         h *= 2
 
 
-def unit_inverse(N: Tensor) -> Tensor:
-    """``(I - N)^-1`` of strictly lower triangular ``N [X,c,c]``."""
-    one = torch.eye(N.shape[1], dtype=N.dtype, device=N.device).expand_as(N)
-    return torch.linalg.solve_triangular(-N, one, upper=False, left=False, unitriangular=True)
+def unit_inverse(N: Tensor, base: int = 16) -> Tensor:
+    """``(I - N)^-1`` of strictly lower triangular ``N [X,c,c]``: by substitution in the diagonal
+    blocks of ``base``, then by doubling; a block of 2h has ``B^-1 N A^-1`` below the inverses of
+    its halves, A and B. (Wider substitution is slower, the more so on several threads.)"""
+    X, c, _ = N.shape
+
+    def diagonal(x: Tensor, h: int) -> Tensor:
+        """The view ``[X,c/h,h,h]``."""
+        return x.view(X, c // h, h, c // h, h).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+    N = N.reshape(X, c, c)
+    out = torch.zeros_like(N)
+    own = diagonal(N, base).neg()
+    one = torch.eye(base, dtype=N.dtype, device=N.device).expand_as(own)
+    diagonal(out, base).copy_(
+        torch.linalg.solve_triangular(own, one, upper=False, left=False, unitriangular=True)
+    )
+    h = base
+    while h < c:
+        A, B = diagonal(out, h).reshape(-1, 2, h, h).unbind(1)
+        corner = blocks(N[:, None], h)
+        product = torch.bmm(torch.bmm(B, corner.reshape(-1, h, h)), A)
+        blocks(out[:, None], h).copy_(product.view_as(corner))
+        h *= 2
+    return out
 
 
 class Plain:
