@@ -432,6 +432,28 @@ def test_niah_multivalue_takes_any_order_but_no_value_twice():
     assert once["exact_match"] == 0
 
 
+def test_a_window_reaches_needles_within_layers_times_window():
+    """The answer cannot depend on a needle farther away, and does on one that is nearer."""
+    pytest.importorskip("transformers")
+    from subquad.models.causal_lm import CausalLM, CausalLMConfig
+
+    window, depth = 16, 2
+    torch.manual_seed(0)
+    mixers = {"softmax": {"heads": 2, "window": window}}
+    config = CausalLMConfig(vocab_size=128, dim=32, depth=depth, layers="softmax", mixers=mixers)
+    model = CausalLM(config).eval()
+    for place, seen in ((1.0, True), (0.95, True), (0.7, False), (0.0, False)):
+        task = create_task("niah", length=128, depth=place)
+        inputs = task.batch(1, 0).inputs
+        value = (inputs[0] == NEEDLE).nonzero().item() + task.width - 1
+        assert (127 - value <= depth * (window - 1)) == seen
+        other = inputs.clone()
+        other[0, value] += 1
+        with torch.no_grad():
+            a, b = (model(x, use_cache=False).logits[0, -1] for x in (inputs, other))
+        assert torch.equal(a, b) != seen
+
+
 # --- needles in text ----------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from subquad import checkpoint
 from subquad.tasks import EVAL_SEEDS, create_task
-from subquad.train import NonFiniteLoss, TrainConfig, evaluate, train
+from subquad.train import NonFiniteLoss, TrainConfig, evaluate, export, train
 from subquad.train.progress import Lines
 from subquad.train.ranks import Ranks
 from subquad.train.run import Run
@@ -456,7 +456,7 @@ import json, sys
 sys.path.insert(0, {str(HERE)!r})
 import torch
 from test_train import CONFIG, TASK, language_model, silent
-from subquad.train import train
+from subquad.train import export, train
 from subquad.train.ranks import Ranks
 
 model = language_model()
@@ -464,6 +464,7 @@ ranks = Ranks.join(model)
 if ranks.rank:
     torch.nn.init.zeros_(model.embed_tokens.weight)  # the weights of rank 0 count
 found = train(model, TASK, CONFIG, out=sys.argv[1] + "/run", progress=silent)
+export(model, sys.argv[1] + "/model")
 again = train(language_model(), TASK, CONFIG, progress=silent)
 if ranks.rank == 0:
     with open(sys.argv[1] + "/found.json", "w") as file:
@@ -509,6 +510,8 @@ def test_two_processes_are_one(tmp_path):
     found = load_file(tmp_path / "run" / "step-00000012" / "model.safetensors")
     for weight, t in checkpoint.weights(alone).items():
         torch.testing.assert_close(found[weight], t.detach(), rtol=1e-3, atol=1e-4)
+    exported = type(alone).from_pretrained(tmp_path / "model")
+    assert all(torch.equal(t, found[name]) for name, t in checkpoint.weights(exported).items())
 
 
 def test_ranks_must_divide_the_batch():
@@ -538,6 +541,8 @@ def test_language_model(tmp_path, dtype):
     train(again, TASK, config, out=tmp_path, progress=silent)
     assert same(again, straight)
     assert whole.history[-1]["loss"] < whole.history[0]["loss"]
+    export(again, tmp_path / "model")
+    assert same(type(again).from_pretrained(tmp_path / "model"), again)
     assert next(again.parameters()).dtype == torch.float32
     scores = evaluate(again, TASK, config)
     assert scores == pytest.approx(

@@ -28,6 +28,7 @@ _HOMES = {
     "backend": "subquad.ops.backend",
     "create_model": "subquad.models.presets",
     "create_mixer": "subquad.mixers.base",
+    "create_task": "subquad.tasks",
     "create_policy": "subquad.policies.base",
     "explain": "subquad.ops.backend",
     "systems": "subquad.catalogue",

@@ -143,7 +143,7 @@ def _page(key: str) -> Path | None:
 
 @app.command()
 def explain(
-    op: Annotated[str, typer.Argument(help="attention or recurrence.")],
+    op: Annotated[str, typer.Argument(help="attention, recurrence or neighborhood.")],
     shape: Annotated[
         str, typer.Option(help="Sizes and switches, e.g. T=4096,H=8,K=64,decay=head,delta=true.")
     ],
@@ -155,7 +155,16 @@ def explain(
         str | None, typer.Option(help="Of attention, e.g. 'causal & (window(511) | sinks(4))'.")
     ] = None,
 ) -> None:
-    """Which implementation of an operation runs for a shape, and why the others do not."""
+    """Which implementation of an operation runs for a shape, and why the others do not.
+
+    Of a neighborhood (grid=30x48x80,window=18x24x24,stride=16x8x8,tile=2x8x8): how much faster than
+    dense a kernel of such tiles can be.
+    """
+    if op == "neighborhood":
+        from subquad.bench import spec, tiles
+
+        _console().print(tiles.report(spec.options(shape)))
+        return
     import torch
     from rich.table import Table
 
@@ -279,7 +288,7 @@ def train(
     with _progress(console) as display:
         display.start(f"{model} on {task}", steps)
         found = training.train(lm, made, config, out=out, progress=display)
-    lm.save_pretrained(out / "model")
+    training.export(lm, out / "model")
     console.print(f"{made.metric} {found.evals[-1][made.metric]:.4f}, saved in {out / 'model'}")
 
 
@@ -311,6 +320,87 @@ def bench(
     with _progress(console) as display:
         results = bench.compare(comparison, out, display)
     console.print(report.timings(results))
+
+
+@app.command()
+def apply(
+    model: Annotated[str, typer.Argument(help="A model of transformers: a folder, or its name.")],
+    policy: Annotated[
+        list[str], typer.Option(help="quest:budget=512, vertical_slash+quest, ...; repeatable.")
+    ],
+    task: Annotated[str, typer.Option(help="Of niah (needles), text (perplexity).")] = "niah,text",
+    lengths: Annotated[str, typer.Option(help="Tokens of the prompts.")] = "1024,4096",
+    samples: Annotated[int, typer.Option(help="Prompts at each length.")] = 10,
+    text: Annotated[str | None, typer.Option(help="File or folder of the haystack.")] = None,
+    pieces: Annotated[int | None, typer.Option(help="Prompt tokens fed at once; all.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/apply"),
+) -> None:
+    """What policies cost a pretrained model in quality, and what they save, beside the model alone.
+
+    Stopped at any time, the same command goes on. Writes results.json and report.html.
+    """
+    from subquad.bench import policies, policy_report, spec
+
+    study = policies.Study(
+        model=model,
+        policies=tuple(policy),
+        tasks=tuple(spec.listed(task)),
+        lengths=tuple(spec.value(T) for T in spec.listed(lengths)),
+        samples=samples,
+        text=text,
+        pieces=pieces,
+        device=device,
+        dtype=dtype,
+    )
+    console = _console()
+    with _progress(console) as display:
+        results = policies.study(study, out, display)
+    console.print(policy_report.table(results))
+    path = policy_report.write(results, out / "report.html")
+    console.print(f"{results.path}\n{path}", soft_wrap=True)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A model of transformers: a folder, or its name.")],
+    prompt: Annotated[str, typer.Argument(help="The prompt, or the end of it behind --file.")] = "",
+    file: Annotated[Path | None, typer.Option(help="A text file to read first.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="E.g. vertical_slash+quest:budget=512.")
+    ] = None,
+    new: Annotated[int, typer.Option(help="Most tokens to write.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Let a pretrained model answer a prompt, a file or both, with a policy or without."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from subquad.bench import units, writing
+
+    text = (file.read_text() if file else "") + prompt
+    errors = _console(stderr=True)
+    writer = writing.Writer(model, policy, device=device, dtype=_dtype(dtype))
+    ids = writer.tokens(text)
+    bar = Progress("reading", BarColumn(), TextColumn(f"{ids.shape[1]:,} tokens"),
+                   TimeElapsedColumn(), console=errors, transient=True)  # fmt: skip
+
+    def write(piece: str) -> None:
+        bar.stop()
+        print(piece, end="", flush=True)
+
+    with bar:
+        task = bar.add_task("", total=1.0)
+        done = writer.write(
+            ids, new, temperature, lambda share: bar.update(task, completed=share), write
+        )
+    print()
+    errors.print(
+        f"[dim]read {ids.shape[1]:,} tokens in {units.seconds(done.read)}, wrote {done.tokens} at "
+        f"{done.rate:.1f} tokens/s, cache {units.bytes_(done.cache)}[/dim]"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from subquad.train.config import TrainConfig
 from subquad.train.forward import evaluate
-from subquad.train.loop import TrainResult, train
+from subquad.train.loop import TrainResult, export, train
 from subquad.train.run import NonFiniteLoss
 
-__all__ = ["NonFiniteLoss", "TrainConfig", "TrainResult", "evaluate", "train"]
+__all__ = ["NonFiniteLoss", "TrainConfig", "TrainResult", "evaluate", "export", "train"]

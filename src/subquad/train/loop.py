@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from subquad import checkpoint
 from subquad.tasks.base import EVAL_SEEDS, Batch, Task
 from subquad.train.config import TrainConfig
 from subquad.train.forward import evaluate
@@ -87,6 +88,26 @@ def train(
         _loop(run, batches, progress, stop)
     speed = run.tokens / run.seconds if run.seconds else 0.0
     return TrainResult(run.history, run.evals, run.step, speed)
+
+
+def export(model: Any, folder: Path | str) -> None:
+    """``model.save_pretrained(folder)``, also where the model was sharded: every rank must call.
+
+    Args:
+        model: a transformers model, as :class:`subquad.models.causal_lm.CausalLM`.
+        folder: written by rank 0.
+    """
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    kept, put_together = model.state_dict().keys(), {}
+    for _, t in tensors:
+        if id(t) not in put_together:  # tied weights stay one tensor
+            put_together[id(t)] = checkpoint.whole(t)
+    if Ranks.join(model).rank == 0:
+        state = {name: put_together[id(t)] for name, t in tensors if name in kept}
+        model.save_pretrained(folder, state_dict=state)
 
 
 def _loop(
