@@ -110,6 +110,7 @@ DEMO = Comparison(
     ),
     heads=1,
     init_std=0.045,
+    steps=400,
     lr=3e-3,
     lengths=(256, 1024, 4096, 8192),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -50,7 +51,7 @@ def quality(results: Results, task: str) -> go.Figure:
     cells = list(results.trained(task))
     metric, higher = cells[0]["metric"], cells[0]["higher_is_better"]
     colour = colours(results)
-    figure = _figure("state of one sequence, bytes", metric)
+    figure = blank("state of one sequence, bytes", metric)
     edge = front([(c["state_bytes"], c["score"]) for c in cells], higher)
     figure.add_scatter(
         x=[x for x, _ in edge],
@@ -60,7 +61,7 @@ def quality(results: Results, task: str) -> go.Figure:
         line={"color": FRONT, "dash": "dot", "width": 1.5, "shape": "hv"},
         hoverinfo="skip",
     )
-    for cell in cells:
+    for i, cell in enumerate(sorted(cells, key=lambda c: c["state_bytes"])):
         held = units.bytes_(cell["state_bytes"])
         figure.add_scatter(
             x=[cell["state_bytes"]],
@@ -69,24 +70,32 @@ def quality(results: Results, task: str) -> go.Figure:
             mode="markers+text",
             marker={"size": 13, "color": colour[cell["entry"]]},
             text=cell["entry"],
-            textposition="top center",
+            textposition=("top center", "bottom center")[i % 2],
+            cliponaxis=False,
             hovertemplate=f"{metric} {cell['score']:.3f}<br>{held}"
             f"<br>{units.count(cell['parameters'])} parameters<extra>{cell['entry']}</extra>",
         )
-    bytes_axis(figure.update_xaxes, [c["state_bytes"] for c in cells])
+    held_bytes = [c["state_bytes"] for c in cells]
+    bytes_axis(figure.update_xaxes, held_bytes)
+    low, high = math.log10(min(held_bytes)), math.log10(max(held_bytes))
+    room = 0.12 * (high - low) + 0.05
+    figure.update_xaxes(range=[low - room, high + room])
     if metric == "accuracy":
         figure.update_yaxes(range=[-0.03, 1.13], tickformat=".0%")
     return figure
 
 
 def curves(results: Results, task: str) -> go.Figure:
-    """The training loss over the steps."""
-    figure = _figure("step", "training loss, nats a token")
+    """The training loss over the steps, each point the mean of a fiftieth of them."""
+    figure = blank("step", "training loss, nats a token")
     colour = colours(results)
     for cell in results.trained(task):
+        rows = cell["history"]
+        size = max(1, len(rows) // 50)
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         figure.add_scatter(
-            x=[row["step"] for row in cell["history"]],
-            y=[row["loss"] for row in cell["history"]],
+            x=[part[-1]["step"] for part in parts],
+            y=[fmean(row["loss"] for row in part) for part in parts],
             name=cell["entry"],
             mode="lines",
             line={"color": colour[cell["entry"]], "width": 2},
@@ -113,7 +122,7 @@ def over_length(
         axis: sets the y axis's ticks for these values.
         verb: what an entry is after its crossing ("faster", "smaller").
     """
-    figure = _figure("length, tokens", title)
+    figure = blank("length, tokens", title)
     colour = colours(results)
     cells = [cell for cell in results.timed() if cell["lengths"]]
     for cell in cells:
@@ -186,10 +195,11 @@ def _meet(a: dict[str, Any], b: dict[str, Any], key: str) -> list[float] | None:
 
 
 def bytes_axis(update: Callable[..., Any], values: Sequence[float]) -> None:
-    """Ticks at powers of two, written in KiB and MiB."""
+    """Ticks at powers of two, with quarters between where there are few, in KiB and MiB."""
     low, high = math.floor(math.log2(min(values))), math.ceil(math.log2(max(values)))
     step = max(1, math.ceil((high - low) / 6))
-    ticks = [2.0**e for e in range(low, high + 1, step)]
+    marks = (1, 1.25, 1.5, 1.75) if high - low <= 1 else (1, 1.5) if high - low <= 3 else (1,)
+    ticks = [m * 2.0**e for e in range(low, high + 1, step) for m in marks]
     update(type="log", tickvals=ticks, ticktext=[units.bytes_(t) for t in ticks])
 
 
@@ -201,7 +211,8 @@ def seconds_axis(update: Callable[..., Any], values: Sequence[float]) -> None:
     update(type="log", tickvals=ticks, ticktext=[units.seconds(t) for t in ticks])
 
 
-def _figure(x: str, y: str) -> go.Figure:
+def blank(x: str, y: str) -> go.Figure:
+    """A figure without data, its axes titled."""
     grid = {"gridcolor": "rgba(128,128,128,0.22)", "zeroline": False, "ticks": "outside",
             "tickcolor": "rgba(128,128,128,0.4)", "linecolor": "rgba(128,128,128,0.4)"}  # fmt: skip
     return go.Figure(

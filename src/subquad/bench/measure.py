@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
 import threading
 import time
@@ -42,7 +43,7 @@ def over_lengths(
     out: dict[str, Any] = {name: [] for name in ("lengths", "prefill", "decode", "peak", "state")}
     formula: list[int] = []
     for T in lengths:
-        if out["prefill"] and out["prefill"][-1] * (T / out["lengths"][-1]) ** 2 > budget:
+        if _expected(T, out["lengths"], out["prefill"]) > budget:
             break
         if progress is not None:
             progress({"length": T})
@@ -56,6 +57,16 @@ def over_lengths(
         formula.append(model.state_bytes(T))
     out["formula"] = {"state": formula}
     return out
+
+
+def _expected(T: int, lengths: Sequence[int], seconds: Sequence[float]) -> float:
+    """Seconds that a prompt of T tokens will take, as the last two lengths grew."""
+    if not lengths:
+        return 0.0
+    power = 1.0
+    if len(lengths) > 1:
+        power = math.log(seconds[-1] / seconds[-2]) / math.log(lengths[-1] / lengths[-2])
+    return seconds[-1] * (T / lengths[-1]) ** min(max(power, 1.0), 2.0)
 
 
 def read(model: CausalLM, tokens: torch.Tensor, cache: Any = None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -22,14 +22,14 @@ _STYLE = """
   --back: #16191c; } }
 body { margin: 0; background: var(--back); color: var(--text);
   font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 52rem; margin: 0 auto; padding: 3rem 1.25rem 5rem; }
+main { max-width: 56rem; margin: 0 auto; padding: 3rem 1.25rem 5rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.2rem; margin: 3rem 0 .2rem; }
 p { margin: 0 0 .8rem; color: var(--soft); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; margin: 1.4rem 0; font-size: .9rem;
+table { border-collapse: collapse; width: 100%; margin: 1.4rem 0; font-size: .85rem;
   font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .4rem .6rem; border-bottom: 1px solid var(--line);
+th, td { text-align: right; padding: .4rem .45rem; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th { color: var(--soft); font-weight: 500; vertical-align: bottom; white-space: normal; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
@@ -93,7 +93,8 @@ def sections(results: Results) -> Iterator[Section]:
         )
         yield Section(
             f"{task}: loss while training",
-            "Equal parameters, equal steps, the same batches in the same order.",
+            "Equal parameters, equal steps, the same batches in the same order. Each point is the "
+            "mean of a fiftieth of the steps.",
             figures.curves(results, task),
         )
     if not any(cell["lengths"] for cell in results.timed()):
@@ -205,9 +206,13 @@ def table(results: Results) -> Any:
 
 def write(results: Results, path: Path) -> Path:
     """Write the page, plotly's script inlined, aside and renamed."""
+    return write_page(html(results), path)
+
+
+def write_page(text: str, path: Path) -> Path:
     aside = path.with_name(path.name + ".part")
     try:
-        aside.write_text(html(results))
+        aside.write_text(text)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -216,15 +221,27 @@ def write(results: Results, path: Path) -> Path:
 
 def html(results: Results) -> str:
     """The page as a string."""
+    entries = ", ".join(results.order)
+    lead = f"{entries}: trained alike, then timed over the length."
+    return page(results, _title(results), lead, columns(results), sections(results))
+
+
+def page(
+    results: Results,
+    title: str,
+    lead: str,
+    summary: Sequence[Column],
+    figures: Iterable[Section],
+) -> str:
+    """A page of a heading, a table with a row an entry, and figures."""
     from plotly.offline import get_plotlyjs
 
-    entries = ", ".join(results.order)
     body = [
-        f"<h1>{escape(_title(results))}</h1>",
-        f"<p>{escape(entries)}: trained alike, then timed over the length.</p>",
-        f'<div class="scroll">{_summary(results)}</div>',
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{escape(lead)}</p>",
+        f'<div class="scroll">{_summary(results, summary)}</div>',
     ]
-    for i, section in enumerate(sections(results)):
+    for i, section in enumerate(figures):
         drawn = section.figure.to_html(
             full_html=False,
             include_plotlyjs=False,
@@ -243,7 +260,7 @@ def html(results: Results) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(_title(results))}</title>'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head>"
         f"<body><main>{''.join(body)}</main><script>{_THEME}</script></body></html>\n"
     )
@@ -253,8 +270,7 @@ def _title(results: Results) -> str:
     return f"Who recalls what at what cost: {' and '.join(results.tasks) or 'speed'}"
 
 
-def _summary(results: Results) -> str:
-    shown = columns(results)
+def _summary(results: Results, shown: Sequence[Column]) -> str:
     colour = figures.colours(results)
     head = "".join(f"<th>{escape(column.title)}</th>" for column in shown)
     rows = []
