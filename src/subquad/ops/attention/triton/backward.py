@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from subquad.ops.attention.triton.walk import (
-    columns_of,
+    block_of,
     kept,
     keys,
     plane_of,
@@ -20,11 +20,13 @@ from subquad.ops.attention.triton.walk import (
     steps,
 )
 
+# Compiled once for all of their values.
+SIZES = ["T", "S", "offset", "first", "shift", "rows", "blocks", "H", "G", "NB", "NH"]
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
-def prepare(
+@triton.jit(do_not_specialize=["rows", "T", "H"])
+def attention_delta(
     O, DO, LSE, DLSE, DELTA, LSE2, rows, T, H, sot, soh, sob, sdt, sdh, sdb,
     V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
@@ -46,17 +48,24 @@ def prepare(
 
 @triton.jit
 def _by_query(
-    dq, q, do, lse, delta, m_local, p, K_, V_, stride_k, stride_v, ENTRY, PATTERN, TABLE, a, c, S,
-    scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    dq, q, do, lse, delta, m_local, p, K_, V_, KT, VT, row, col_k, col_v, stride_k, stride_v,
+    ENTRY, PATTERN, TABLE, a, c, S, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     SIZE: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for i in range(steps(a, c, BN, SIZE)):
-        key, there, e, place = keys(ENTRY, i, a, c, BN, SIZE, UNIT)
+        start, at, there, e, place = keys(ENTRY, i, a, c, BN, SIZE, UNIT)
+        key = start + at
         there = there & (key < S)
-        k = columns_of(K_, key, there, stride_k, K, BK, MASKED)
-        v = columns_of(V_, key, there, stride_v, V, BV, MASKED)
-        s = tl.dot(q, k, input_precision=PRECISION) * scale - lse[:, None]
+        first = tl.cast(start, tl.int64)
+        k = block_of(
+            K_ + first * stride_k, KT, row + start, col_k, at, there, stride_k, K, BK, MASKED, BULK
+        )
+        v = block_of(
+            V_ + first * stride_v, VT, row + start, col_v, at, there, stride_v, V, BV, MASKED, BULK
+        )
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None]
         if MASKED:
             n_local = place + tl.arange(0, BN)
             keep = kept(
@@ -65,22 +74,22 @@ def _by_query(
             )  # fmt: skip
             s = tl.where(keep & there[None, :], s, float("-inf"))
         w = tl.exp2(s)
-        dw = tl.dot(do, v, input_precision=PRECISION)
+        dw = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = w * (dw - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
-@triton.jit
-def grad_q(
-    Q, K_, V_, DO, LSE2, DELTA, DQ,
+@triton.jit(do_not_specialize=SIZES)
+def attention_grad_q(
+    Q, K_, V_, KT, VT, DO, LSE2, DELTA, DQ,
     LO, MID, HI, ENTRY, PATTERN, TABLE, CLO, CHI, CENTRY, PLANE,
     scale, T, S, offset, first, shift, rows, H, G, NB, NH,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BQ: tl.constexpr, HG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PER_ROW: tl.constexpr, SIZE: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq: one program for BQ queries of HG heads that share a list. DQ is contiguous."""
     row = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -108,20 +117,22 @@ def grad_q(
     log2_scale = scale * LOG2E
     if SIZE % BN == 0:
         dq = _by_query(
-            dq, q, do, lse, delta, m_local, p, K_, V_, skt, svt, ENTRY, PATTERN, TABLE, lo, mid, S,
-            log2_scale, K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, False, PRECISION,
+            dq, q, do, lse, delta, m_local, p, K_, V_, KT, VT, b * S, g * K, g * V, skt, svt,
+            ENTRY, PATTERN, TABLE, lo, mid, S, log2_scale,
+            K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, False, BULK, PRECISION,
         )  # fmt: skip
     else:
         mid = lo
     dq = _by_query(
-        dq, q, do, lse, delta, m_local, p, K_, V_, skt, svt, ENTRY, PATTERN, TABLE, mid, hi, S,
-        log2_scale, K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, True, PRECISION,
+        dq, q, do, lse, delta, m_local, p, K_, V_, KT, VT, b * S, g * K, g * V, skt, svt,
+        ENTRY, PATTERN, TABLE, mid, hi, S, log2_scale,
+        K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, True, BULK, PRECISION,
     )  # fmt: skip
     if COLUMNS:
         dq = _by_query(
-            dq, q, do, lse, delta, m_local, p, K_, V_, skt, svt, CENTRY, PATTERN, TABLE,
-            tl.load(CLO + own), tl.load(CHI + own), S,
-            log2_scale, K, V, BK, BV, BN, 1, 1, SIZE, KIND, True, PRECISION,
+            dq, q, do, lse, delta, m_local, p, K_, V_, KT, VT, b * S, g * K, g * V, skt, svt,
+            CENTRY, PATTERN, TABLE, tl.load(CLO + own), tl.load(CHI + own), S, log2_scale,
+            K, V, BK, BV, BN, 1, 1, SIZE, KIND, True, False, PRECISION,
         )  # fmt: skip
     d = tl.arange(0, BK)
     tl.store(
@@ -132,8 +143,8 @@ def grad_q(
 
 @triton.jit
 def _pairs(q, do, lse, delta, k, v, keep, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """P^T and dS^T ``[BN,BM]`` of queries ``q [BK,BM]`` and keys ``k [BN,BK]``."""
-    s = tl.dot(k, q, input_precision=PRECISION) * scale - lse[None, :]
+    """P^T and dS^T ``[BN,BM]`` of queries ``q [BM,BK]`` and keys ``k [BN,BK]``."""
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]
     if MASKED:
         s = tl.where(keep, s, float("-inf"))
     w = tl.exp2(s)
@@ -143,11 +154,11 @@ def _pairs(q, do, lse, delta, k, v, keep, scale, MASKED: tl.constexpr, PRECISION
 
 @triton.jit
 def _by_key(
-    dk, dv, k, v, key, n_local, Q, DO, LSE2, DELTA, ROW, PATTERN, TABLE, a, c, h, shift,
+    dk, dv, k, v, key, n_local, Q, DO, QT, DOT, LSE2, DELTA, ROW, PATTERN, TABLE, a, c, b, h, shift,
     T, S, H, sqt, sqh, sdt, sdh, offset, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
     HG: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The rows of queries listed in ``a..c`` added to dk and dv."""
     EACH: tl.constexpr = PER_ROW * HG
@@ -158,7 +169,9 @@ def _by_key(
             row = tl.load(ROW + e)
             inside = (i % (EACH // BM)) * BM + m
             exists = m >= 0
+            first_row = b * T + row * PER_ROW + (i % (EACH // BM)) * BM - shift
         else:
+            first_row = 0
             e = a + (i * BM + m) // EACH
             exists = e < c
             row = tl.load(ROW + e, mask=exists, other=0)
@@ -176,24 +189,25 @@ def _by_key(
         q_at = token.to(tl.int64) * sqt + head * sqh
         d_at = token.to(tl.int64) * sdt + head * sdh
         at = token.to(tl.int64) * H + head
-        q = columns_of(Q, q_at, exists, 1, K, BK, True)
-        do = rows_of(DO, d_at, exists, 1, V, BV, True)
+        q = block_of(Q, QT, first_row, h * K, q_at, exists, 1, K, BK, True, BULK)
+        do = block_of(DO, DOT, first_row, h * V, d_at, exists, 1, V, BV, True, BULK)
         lse = tl.load(LSE2 + at, mask=exists, other=float("inf"))
         delta = tl.load(DELTA + at, mask=exists, other=0.0)
         w, ds = _pairs(q, do, lse, delta, k, v, keep, scale, MASKED, PRECISION)
         dv = tl.dot(w, do, dv, input_precision=PRECISION)
-        dk = tl.dot(ds, tl.trans(q), dk, input_precision=PRECISION)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     return dk, dv
 
 
-@triton.jit
-def grad_kv(
-    Q, K_, V_, DO, LSE2, DELTA, DK, DV, LO, MID, HI, ROW, PATTERN, TABLE, PLANE,
+@triton.jit(do_not_specialize=SIZES)
+def attention_grad_kv(
+    Q, K_, V_, DO, QT, DOT, LSE2, DELTA, DK, DV, LO, MID, HI, ROW, PATTERN, TABLE, PLANE,
     scale, T, S, offset, shift, blocks, H, G, NB, NH,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PER_ROW: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, PRECISION: tl.constexpr,
+    PER_ROW: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv: one program for BN keys of one head of keys, over the rows of queries that see
     their block. DK and DV are contiguous."""
@@ -203,8 +217,8 @@ def grad_kv(
     n_local = tl.program_id(0) % (SIZE // BN) * BN + tl.arange(0, BN)
     key = block * SIZE + n_local
     there = key < S
-    k = rows_of(K_ + b.to(tl.int64) * skb + g * skh, key, there, skt, K, BK, True)
-    v = rows_of(V_ + b.to(tl.int64) * svb + g * svh, key, there, svt, V, BV, True)
+    k = rows_of(K_ + b.to(tl.int64) * skb + g * skh, key.to(tl.int64), there, skt, K, BK, True)
+    v = rows_of(V_ + b.to(tl.int64) * svb + g * svh, key.to(tl.int64), there, svt, V, BV, True)
     Q += b.to(tl.int64) * sqb
     DO += b.to(tl.int64) * sdb
     LSE2 += b.to(tl.int64) * T * H
@@ -217,14 +231,14 @@ def grad_kv(
         own = plane_of(PLANE, b, h, H, NB, NH) * blocks + block
         lo, mid, hi = tl.load(LO + own), tl.load(MID + own), tl.load(HI + own)
         dk, dv = _by_key(
-            dk, dv, k, v, key, n_local, Q, DO, LSE2, DELTA, ROW, PATTERN, TABLE, lo, mid, h,
-            shift, T, S, H, sqt, sqh, sdt, sdh, offset, log2_scale,
-            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, False, PRECISION,
+            dk, dv, k, v, key, n_local, Q, DO, QT, DOT, LSE2, DELTA, ROW, PATTERN, TABLE, lo, mid,
+            b, h, shift, T, S, H, sqt, sqh, sdt, sdh, offset, log2_scale,
+            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, False, BULK, PRECISION,
         )  # fmt: skip
         dk, dv = _by_key(
-            dk, dv, k, v, key, n_local, Q, DO, LSE2, DELTA, ROW, PATTERN, TABLE, mid, hi, h,
-            shift, T, S, H, sqt, sqh, sdt, sdh, offset, log2_scale,
-            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, True, PRECISION,
+            dk, dv, k, v, key, n_local, Q, DO, QT, DOT, LSE2, DELTA, ROW, PATTERN, TABLE, mid, hi,
+            b, h, shift, T, S, H, sqt, sqh, sdt, sdh, offset, log2_scale,
+            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, True, BULK, PRECISION,
         )  # fmt: skip
     at = (b.to(tl.int64) * S + key) * G + g
     d, w = tl.arange(0, BK), tl.arange(0, BV)
@@ -247,28 +261,30 @@ def _scatter(
 ):  # fmt: skip
     d, d_v = tl.arange(0, BK), tl.arange(0, BV)
     for i in range(steps(a, c, BN, SIZE)):
-        key, there, e, _ = keys(ENTRY, i, a, c, BN, SIZE, UNIT)
+        start, at, there, e, _ = keys(ENTRY, i, a, c, BN, SIZE, UNIT)
+        key = start + at
         there = there & (key < S)
-        k = rows_of(K_, key, there, stride_k, K, BK, True)
-        v = rows_of(V_, key, there, stride_v, V, BV, True)
+        first = tl.cast(start, tl.int64)
+        k = rows_of(K_ + first * stride_k, at, there, stride_k, K, BK, True)
+        v = rows_of(V_ + first * stride_v, at, there, stride_v, V, BV, True)
         keep = kept(0, p[None, :], 0, key[:, None], S, ENTRY, ENTRY, e, SIZE, KIND)
         keep = keep & there[:, None]
         w, ds = _pairs(q, do, lse, delta, k, v, keep, log2_scale, True, PRECISION)
         dv = tl.dot(w, do, input_precision=PRECISION)
-        dk = tl.dot(ds, tl.trans(q), input_precision=PRECISION) * scale
-        at = key.to(tl.int64)[:, None]
+        dk = tl.dot(ds, q, input_precision=PRECISION) * scale
+        to = key.to(tl.int64)[:, None]
         tl.atomic_add(
-            DK + at * stride_dk + d[None, :], dk, mask=there[:, None] & (d < K)[None, :],
+            DK + to * stride_dk + d[None, :], dk, mask=there[:, None] & (d < K)[None, :],
             sem="relaxed",
         )  # fmt: skip
         tl.atomic_add(
-            DV + at * stride_dv + d_v[None, :], dv, mask=there[:, None] & (d_v < V)[None, :],
+            DV + to * stride_dv + d_v[None, :], dv, mask=there[:, None] & (d_v < V)[None, :],
             sem="relaxed",
         )  # fmt: skip
 
 
-@triton.jit
-def scatter_kv(
+@triton.jit(do_not_specialize=SIZES)
+def attention_scatter_kv(
     Q, K_, V_, DO, LSE2, DELTA, DK, DV, LO, HI, ENTRY, CLO, CHI, CENTRY, PLANE,
     scale, T, S, offset, first, shift, rows, H, G, NB, NH,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh,
@@ -288,7 +304,7 @@ def scatter_kv(
     p = token + offset
     q_at = token.to(tl.int64) * sqt + head * sqh
     d_at = token.to(tl.int64) * sdt + head * sdh
-    q = columns_of(Q + b.to(tl.int64) * sqb, q_at, exists, 1, K, BK, True)
+    q = rows_of(Q + b.to(tl.int64) * sqb, q_at, exists, 1, K, BK, True)
     do = rows_of(DO + b.to(tl.int64) * sdb, d_at, exists, 1, V, BV, True)
     at = (b.to(tl.int64) * T + token) * H + head
     lse = tl.load(LSE2 + at, mask=exists, other=float("inf"))

@@ -1,18 +1,23 @@
-"""How large the kernels' steps are: a measured table, chosen by head dim, never tuned at run time.
+"""How large the kernels' steps are: a measured table, chosen by shape, never tuned at run time.
 
-Rows of ``configs.json``: kernel, the largest head dim (padded to a power of two) and the bytes of
-an element they hold for, then BN or BM, warps and stages. Each was checked against float64 on the
-GPU it names before it was timed (``benchmarks/sparse.py``).
+A row of ``configs.json`` holds for a kernel, programs of up to ``rows`` rows of queries, head dims
+up to ``width`` (padded to a power of two) and elements of up to ``itemsize`` bytes. Each was
+checked against float64 on an H200 before it was timed (``benchmarks/sparse.py --tune``).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_forced: ContextVar[Mapping[str, Mapping[str, int]] | None] = ContextVar("configs", default=None)
 
 
 @lru_cache(maxsize=1)
@@ -20,18 +25,31 @@ def table() -> list[dict[str, Any]]:
     return json.loads((Path(__file__).parent / "configs.json").read_text())
 
 
+@contextmanager
+def forced(configs: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
+    """Run the named kernels with these configurations inside the block."""
+    token = _forced.set(configs)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def config(kernel: str, rows: int, width: int, itemsize: int) -> dict[str, int]:
+    """``step`` (and ``keys``), ``num_warps`` and ``num_stages`` of ``kernel``."""
+    chosen = _forced.get() or {}
+    if kernel in chosen:
+        return dict(chosen[kernel])
+    return dict(_found(kernel, rows, width, itemsize))
+
+
 @lru_cache(maxsize=256)
-def config(kernel: str, rows: int, width: int, itemsize: int, device: str) -> dict[str, int]:
-    """The step, ``num_warps`` and ``num_stages`` of ``kernel`` for programs of ``rows`` rows."""
+def _found(kernel: str, rows: int, width: int, itemsize: int) -> dict[str, int]:
     for row in table():
-        if (
-            row["kernel"] == kernel
-            and rows <= row["rows"]
-            and width <= row["width"]
-            and itemsize <= row["itemsize"]
-        ):
-            return {"step": row["step"], "num_warps": row["warps"], "num_stages": row["stages"]}
-    raise ValueError(f"no configuration of {kernel} for head dim {width}")
+        limits = (rows, row["rows"]), (width, row["width"]), (itemsize, row["itemsize"])
+        if row["kernel"] == kernel and all(asked <= limit for asked, limit in limits):
+            return row["config"]
+    raise ValueError(f"no configuration of {kernel} for {rows} rows of head dim {width}")
 
 
 @lru_cache(maxsize=8)

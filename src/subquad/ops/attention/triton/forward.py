@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from subquad.ops.attention.triton.walk import (
-    columns_of,
+    block_of,
     kept,
     keys,
     plane_of,
@@ -14,22 +14,30 @@ from subquad.ops.attention.triton.walk import (
     steps,
 )
 
+# Compiled once for all of their values.
+SIZES = ["T", "S", "offset", "first", "shift", "rows", "H", "G", "NB", "NH", "sop"]
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _attend(
-    acc, top, total, q, m_local, p, K_, V_, stride_k, stride_v, ENTRY, PATTERN, TABLE, a, c, S,
-    scale, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
+    acc, top, total, q, m_local, p, K_, V_, KT, VT, row, col_k, col_v, stride_k, stride_v,
+    ENTRY, PATTERN, TABLE, a, c, S, scale,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     SIZE: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The entries ``a..c`` added to the running softmax; ``scale`` is in base 2."""
+    """The entries ``a..c`` added to the running softmax; ``scale`` is in base 2 and positive."""
     for i in range(steps(a, c, BN, SIZE)):
-        key, there, e, place = keys(ENTRY, i, a, c, BN, SIZE, UNIT)
+        start, at, there, e, place = keys(ENTRY, i, a, c, BN, SIZE, UNIT)
+        key = start + at
         there = there & (key < S)
-        k = columns_of(K_, key, there, stride_k, K, BK, MASKED)
-        s = tl.dot(q, k, input_precision=PRECISION) * scale
+        first = tl.cast(start, tl.int64)
+        k = block_of(
+            K_ + first * stride_k, KT, row + start, col_k, at, there, stride_k, K, BK, MASKED, BULK
+        )
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             n_local = place + tl.arange(0, BN)
             keep = kept(
@@ -37,28 +45,30 @@ def _attend(
                 PATTERN, TABLE, e, TILE, KIND,
             )  # fmt: skip
             s = tl.where(keep & there[None, :], s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, 1))
+        new = tl.maximum(top, tl.max(s, 1) * scale)
         # A row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf + inf) would be NaN.
         safe = tl.where(new == float("-inf"), 0.0, new)
-        w = tl.exp2(s - safe[:, None])
+        w = tl.exp2(s * scale - safe[:, None])
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(w, 1)
-        v = rows_of(V_, key, there, stride_v, V, BV, MASKED)
+        v = block_of(
+            V_ + first * stride_v, VT, row + start, col_v, at, there, stride_v, V, BV, MASKED, BULK
+        )
         acc = tl.dot(w.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new
     return acc, top, total
 
 
-@triton.jit
-def forward(
-    Q, K_, V_, O, LSE,
+@triton.jit(do_not_specialize=SIZES)
+def attention_forward(
+    Q, K_, V_, KT, VT, O, LSE,
     LO, MID, HI, ENTRY, PATTERN, TABLE, CLO, CHI, CENTRY, PLANE,
     scale, T, S, offset, first, shift, rows, H, G, NB, NH,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sop,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BQ: tl.constexpr, HG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PER_ROW: tl.constexpr, SIZE: tl.constexpr, UNIT: tl.constexpr, KIND: tl.constexpr,
-    COLUMNS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, PARTS: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BQ queries of HG heads that share a list, one part of PARTS of it.
 
@@ -84,23 +94,28 @@ def forward(
     acc = tl.zeros([BM, BV], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    scale *= 1.4426950408889634
+    if scale < 0:
+        q = -q
+    scale = tl.maximum(tl.abs(scale), 1e-30) * LOG2E
     if SIZE % BN == 0:
         acc, top, total = _attend(
-            acc, top, total, q, m_local, p, K_, V_, skt, svt, ENTRY, PATTERN, TABLE, lo, mid, S,
-            scale, K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, False, PRECISION,
+            acc, top, total, q, m_local, p, K_, V_, KT, VT, b * S, g * K, g * V, skt, svt,
+            ENTRY, PATTERN, TABLE, lo, mid, S, scale,
+            K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, False, BULK, PRECISION,
         )  # fmt: skip
     else:
         mid = lo
     acc, top, total = _attend(
-        acc, top, total, q, m_local, p, K_, V_, skt, svt, ENTRY, PATTERN, TABLE, mid, hi, S,
-        scale, K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, True, PRECISION,
+        acc, top, total, q, m_local, p, K_, V_, KT, VT, b * S, g * K, g * V, skt, svt,
+        ENTRY, PATTERN, TABLE, mid, hi, S, scale,
+        K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, True, BULK, PRECISION,
     )  # fmt: skip
     if COLUMNS:
         lo, _, hi = share(tl.load(CLO + own), tl.load(CLO + own), tl.load(CHI + own), part, PARTS)
         acc, top, total = _attend(
-            acc, top, total, q, m_local, p, K_, V_, skt, svt, CENTRY, PATTERN, TABLE, lo, hi, S,
-            scale, K, V, BK, BV, BN, 1, 1, SIZE, KIND, True, PRECISION,
+            acc, top, total, q, m_local, p, K_, V_, KT, VT, b * S, g * K, g * V, skt, svt,
+            CENTRY, PATTERN, TABLE, lo, hi, S, scale,
+            K, V, BK, BV, BN, 1, 1, SIZE, KIND, True, False, PRECISION,
         )  # fmt: skip
 
     seen = total > 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from subquad import mask as masks
 from subquad.mask import Mask
@@ -16,7 +18,7 @@ from subquad.ops.attention.combine import merge
 from subquad.ops.attention.node import run
 from subquad.ops.attention.triton import backward as grads
 from subquad.ops.attention.triton.configs import config, processors
-from subquad.ops.attention.triton.forward import forward as forward_kernel
+from subquad.ops.attention.triton.forward import attention_forward
 from subquad.ops.attention.triton.index import Index, of_choice, of_mask
 
 TILE, SMALL_TILE = 128, 64
@@ -85,6 +87,38 @@ class Launch:
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
 
+    def key_tiles(
+        self, k: Tensor, v: Tensor, step: int
+    ) -> tuple[list[TensorDescriptor | None], bool]:
+        """Descriptors for blocks of ``step`` keys."""
+        index = self.index
+        return self.tiles((k, v), step, index.size, index.unit == index.size and self.S % step == 0)
+
+    def tiles(
+        self, tensors: tuple[Tensor, ...], step: int, rows: int, whole: bool
+    ) -> tuple[list[TensorDescriptor | None], bool]:
+        """Descriptors of tiles of ``step`` rows for the copy engine, and whether there are any.
+
+        They see a tensor as ``[B * tokens, heads * dim]``, so dims must fill their tiles and, with
+        several batch rows, no tile may reach into the next (``whole``).
+        """
+        ready = (
+            _has_copy_engine(tensors[0].device)
+            and (whole or self.B == 1)
+            and rows % step == 0
+            and all(
+                x.is_contiguous() and x.shape[3] in (32, 64, 128, 256) and x.data_ptr() % 16 == 0
+                for x in tensors
+            )
+        )
+        if not ready:
+            return [None] * len(tensors), False
+        flat = [x.view(-1, x.shape[2] * x.shape[3]) for x in tensors]
+        return [
+            TensorDescriptor(f, list(f.shape), list(f.stride()), [step, x.shape[3]])
+            for f, x in zip(flat, tensors, strict=True)
+        ], True
+
     def rows(self) -> dict[str, Any]:
         return {
             "BQ": self.BQ, "BM": self.BM, "UNIT": self.index.unit,
@@ -94,7 +128,7 @@ class Launch:
     def config(self, kernel: str, rows: int | None = None) -> tuple[int, dict[str, int]]:
         """The step and the launch options."""
         width = triton.next_power_of_2(max(self.K, self.V))
-        found = dict(config(kernel, rows or self.BM, width, self.dtype.itemsize, "any"))
+        found = config(kernel, rows or self.BM, width, self.dtype.itemsize)
         return found.pop("step"), found
 
 
@@ -138,13 +172,14 @@ def forward(
     rows, heads = launch.programs
     parts = _parts(launch, rows * heads)
     step, options = launch.config("forward")
+    tiles, bulk = launch.key_tiles(k, v, step)
     o = v.new_empty(parts, *q.shape[:3], launch.V, dtype=torch.float32 if parts > 1 else v.dtype)
     lse = q.new_empty(parts, *q.shape[:3], dtype=torch.float32)
     with _on(q):
-        forward_kernel[(rows * parts, heads)](
-            q, k, v, o, lse, *launch.lists(), scale, *launch.sizes(),
+        attention_forward[(rows * parts, heads)](
+            q, k, v, *tiles, o, lse, *launch.lists(), scale, *launch.sizes(),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], lse[0].numel(),
-            **launch.dims(), **launch.rows(), BN=step, PARTS=parts, **options,
+            **launch.dims(), **launch.rows(), BN=step, PARTS=parts, BULK=bulk, **options,
         )  # fmt: skip
     if parts == 1:
         return o[0], lse[0]
@@ -172,7 +207,7 @@ def backward(
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     dims, lists, sizes = launch.dims(), launch.lists(), launch.sizes()
     with _on(q):
-        grads.prepare[(triton.cdiv(B * T * H, 64),)](
+        grads.attention_delta[(triton.cdiv(B * T * H, 64),)](
             o, do, lse, dlse.contiguous(), delta, lse2, B * T * H, T, H,
             o.stride(1), o.stride(2), o.stride(0), do.stride(1), do.stride(2), do.stride(0),
             V=launch.V, BV=dims["BV"], BM=64, num_warps=4,
@@ -180,31 +215,42 @@ def backward(
         strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         step, options = launch.config("grad_q")
-        grads.grad_q[launch.programs](
-            q, k, v, do, lse2, delta, dq, *lists, scale, *sizes, *strides,
-            **dims, **launch.rows(), BN=step, **options,
+        tiles, bulk = launch.key_tiles(k, v, step)
+        grads.attention_grad_q[launch.programs](
+            q, k, v, *tiles, do, lse2, delta, dq, *lists, scale, *sizes, *strides,
+            **dims, **launch.rows(), BN=step, BULK=bulk, **options,
         )  # fmt: skip
-        turned = index.by_keys(triton.cdiv(launch.S, index.size)) if index.size >= 64 else None
+        turned = index.by_keys(triton.cdiv(launch.S, index.size)) if index.size % 64 == 0 else None
         if turned is None:
             dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
             step, options = launch.config("scatter_kv")
             own = (lists[0], *lists[2:4], *lists[6:])
-            grads.scatter_kv[launch.programs](
+            grads.attention_scatter_kv[launch.programs](
                 q, k, v, do, lse2, delta, dk, dv, *own, scale, *sizes, *strides,
                 **dims, **launch.rows(), BN=step, **options,
             )  # fmt: skip
             return dq, dk.to(k.dtype), dv.to(v.dtype)
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=q.device) for x in (k, v))
-        BN = next(n for n in (128, 64) if index.size % n == 0)
-        step, options = launch.config("grad_kv", BN)
+        step, options = launch.config("grad_kv", index.per_row * launch.HG)
+        keys = options.pop("keys")
+        BN = keys if index.size % keys == 0 else 64
         blocks = triton.cdiv(launch.S, index.size)
-        grads.grad_kv[(blocks * (index.size // BN), B * launch.G)](
-            q, k, v, do, lse2, delta, dk, dv,
+        aligned = T % index.per_row == 0 and index.shift == 0
+        tiles, bulk = launch.tiles((q, do), step, index.per_row, aligned and launch.HG == 1)
+        bulk = bulk and launch.HG == 1
+        grads.attention_grad_kv[(blocks * (index.size // BN), B * launch.G)](
+            q, k, v, do, *tiles, lse2, delta, dk, dv,
             turned.lo, turned.mid, turned.hi, turned.entry, turned.pattern, index.table,
             index.plane, scale, T, launch.S, offset, index.shift, blocks, H, launch.G,
-            *index.shape, *strides, **dims, BM=step, BN=BN, **options,
+            *index.shape, *strides, **dims, BM=step, BN=BN, BULK=bulk, **options,
         )  # fmt: skip
     return dq, dk, dv
+
+
+@lru_cache(maxsize=8)
+def _has_copy_engine(device: torch.device) -> bool:
+    # The interpreter has one too.
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _dense_last(x: Tensor) -> Tensor:

@@ -34,20 +34,20 @@ def share(lo, mid, hi, part, PARTS: tl.constexpr):
 
 @triton.jit
 def keys(ENTRY, i, a, c, BN: tl.constexpr, SIZE: tl.constexpr, UNIT: tl.constexpr):
-    """Step i over the entries ``a..c``: the keys ``[BN]``, which of them exist, the entry and
-    the place of the first key in it. Blocks smaller than a step are gathered, several a step."""
+    """Step i over the entries ``a..c``: the first key and the others counted from it ``[BN]``,
+    which of them exist, the entry, and the first key's place in it. Blocks smaller than a step are
+    gathered, several a step."""
     n = tl.arange(0, BN)
     if SIZE % BN == 0:
         e = a + i // (SIZE // BN)
         place = (i % (SIZE // BN)) * BN
-        key = tl.load(ENTRY + e) * UNIT + place + n
-        return key, key >= 0, e, place
+        return tl.load(ENTRY + e) * UNIT + place, n, n >= 0, e, place
     else:
         f = i * BN + n
         e = a + f // SIZE
         there = e < c
         key = tl.load(ENTRY + e, mask=there, other=0) * UNIT + f % SIZE
-        return key, there, a, 0
+        return 0, key.to(tl.int64), there, a, 0
 
 
 @triton.jit
@@ -80,9 +80,11 @@ def kept(
 def rows_of(X, at, there, stride, D: tl.constexpr, BD: tl.constexpr, BOUNDED: tl.constexpr):
     """``[len(at), BD]`` of X, rows ``at``, 0 outside."""
     d = tl.arange(0, BD)
-    where = X + at[:, None].to(tl.int64) * stride + d[None, :]
-    if BOUNDED:
+    where = X + at[:, None] * stride + d[None, :]
+    if BOUNDED and D < BD:
         return tl.load(where, mask=there[:, None] & (d < D)[None, :], other=0.0)
+    elif BOUNDED:
+        return tl.load(where, mask=there[:, None], other=0.0)
     elif D < BD:
         return tl.load(where, mask=(d < D)[None, :], other=0.0)
     else:
@@ -90,13 +92,13 @@ def rows_of(X, at, there, stride, D: tl.constexpr, BD: tl.constexpr, BOUNDED: tl
 
 
 @triton.jit
-def columns_of(X, at, there, stride, D: tl.constexpr, BD: tl.constexpr, BOUNDED: tl.constexpr):
-    """The transposed :func:`rows_of`, ``[BD, len(at)]``."""
-    d = tl.arange(0, BD)
-    where = X + at[None, :].to(tl.int64) * stride + d[:, None]
-    if BOUNDED:
-        return tl.load(where, mask=there[None, :] & (d < D)[:, None], other=0.0)
-    elif D < BD:
-        return tl.load(where, mask=(d < D)[:, None], other=0.0)
+def block_of(
+    X, TILES, row, column, at, there, stride,
+    D: tl.constexpr, BD: tl.constexpr, BOUNDED: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """``[len(at), BD]`` of X, rows ``at`` on from X's own first: by the copy engine from the tensor
+    descriptor TILES, where those rows begin at ``(row, column)``, or else by pointers."""
+    if BULK:
+        return TILES.load([row, column])
     else:
-        return tl.load(where)
+        return rows_of(X, at, there, stride, D, BD, BOUNDED)

@@ -1,0 +1,162 @@
+"""Measure configurations of the block-sparse kernels on this GPU.
+
+    python benchmarks/tune_sparse.py --out configs.json
+
+Candidates are compiled, and checked against float64, by worker processes; those that are right are
+then timed one after another, each by its kernel's own time in a forward and backward pass. The
+table is what ``ops/attention/triton/configs.json`` holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from subquad import mask
+from subquad.ops.attention import attention
+from subquad.ops.attention.triton import configs
+
+KERNELS = {
+    "forward": "attention_forward",
+    "grad_q": "attention_grad_q",
+    "grad_kv": "attention_grad_kv",
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Programs of ``rows`` rows of queries, head dim D, elements of ``itemsize`` bytes."""
+
+    rows: int
+    D: int
+    itemsize: int = 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.itemsize == 2 else torch.float32
+
+    def problem(self, T: int, H: int):
+        """Tensors and a mask that runs such programs."""
+        G = H if self.rows > 16 else H // 16
+        q, k, v = (
+            torch.randn(1, T, h, self.D, device="cuda", dtype=self.dtype, requires_grad=True)
+            for h in (H, G, G)
+        )
+        if self.rows == 16:
+            own = torch.arange(T, device="cuda")[:, None] // 64
+            index = own - torch.arange(24, device="cuda").flip(0)
+            index = torch.where(index < 0, T, index).sort(-1)[0]
+            index = torch.where(index == T, -1, index).int()
+            return (q, k, v), mask.blocks(index[None].repeat(G, 1, 1), 64, rows=1) & mask.causal()
+        if self.rows == 64:
+            side = int(T**0.5)
+            return (q, k, v), mask.neighborhood((side, side), 9, tile=(8, 8))
+        return (q, k, v), mask.causal() & mask.window(min(1023, T // 3))
+
+
+def candidates(kernel: str, shape: Shape) -> Iterator[dict[str, int]]:
+    few = shape.rows <= 16
+    if kernel == "grad_kv":
+        for keys in (64,) if shape.rows <= 64 else (64, 128):
+            for step in (32, 64, 128):
+                for warps in (4, 8):
+                    for stages in (1, 2, 3):
+                        if keys * step * (8 // warps) <= 128 * 128:
+                            yield {
+                                "keys": keys, "step": step, "num_warps": warps,
+                                "num_stages": stages,
+                            }  # fmt: skip
+        return
+    for step in (32, 64) if shape.rows <= 64 else (32, 64, 128):
+        for warps in (1, 2, 4) if few else (4, 8):
+            for stages in (1, 2, 3, 4):
+                if kernel == "grad_q" and stages == 4:
+                    continue
+                yield {"step": step, "num_warps": warps, "num_stages": stages}
+
+
+def run(tensors, m):
+    o, lse = attention(*tensors, m, return_lse=True, backend="triton")
+    grads = torch.autograd.grad(o, tensors, torch.ones_like(o) * 0.1)
+    return (o, lse, *grads)
+
+
+def check(job) -> str:
+    """Why a configuration cannot be used, or "" (compiles it on the way)."""
+    shape, kernel, config = job
+    try:
+        torch.manual_seed(0)
+        T = 576 if shape.rows == 64 else 640
+        tensors, m = shape.problem(T, 2 if shape.rows > 16 else 16)
+        with configs.forced({kernel: config}):
+            got = run(tensors, m)
+        exact = [x.detach().double().requires_grad_() for x in tensors]
+        o, lse = attention(*exact, m, return_lse=True, backend="reference")
+        want = (o, lse, *torch.autograd.grad(o, exact, torch.ones_like(o) * 0.1))
+        for a, b in zip(got, want, strict=True):
+            error = float((a.double().nan_to_num(nan=1e9) - b).norm() / b.norm())
+            if not error < (1e-2 if shape.itemsize == 2 else 1e-4):
+                return f"error {error:.1e}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:80]
+    return ""
+
+
+def kernel_times(tensors, m, repeats: int = 3) -> dict[str, float]:
+    """Microseconds of each kernel in one forward and backward pass."""
+    run(tensors, m)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            run(tensors, m)
+        torch.cuda.synchronize()
+    return {e.key: e.device_time_total / repeats for e in profile.key_averages()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", nargs="*", default=["128x128", "64x64", "64x128", "16x128"])
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--out", type=Path, default=Path("configs.json"))
+    options = parser.parse_args()
+    shapes = [Shape(*map(int, text.split("x"))) for text in options.shapes]
+    jobs = [(s, k, c) for s in shapes for k in KERNELS for c in candidates(k, s)]
+    # A process for each: an illegal access leaves a process without its GPU.
+    with ProcessPoolExecutor(
+        options.workers, mp_context=get_context("spawn"), max_tasks_per_child=8
+    ) as pool:
+        verdicts = list(pool.map(check, jobs, chunksize=1))
+    rows = []
+    for shape in shapes:
+        tensors, m = shape.problem(16384, 16)
+        for kernel, name in KERNELS.items():
+            times = []
+            for (s, k, config), why in zip(jobs, verdicts, strict=True):
+                if (s, k) != (shape, kernel):
+                    continue
+                if why:
+                    print(f"{shape} {kernel} {config}: {why}")
+                    continue
+                with configs.forced({kernel: config}):
+                    found = kernel_times(tensors, m)
+                times.append((found[name], config))
+            times.sort(key=lambda x: x[0])
+            for microseconds, config in times[:6]:
+                print(f"{shape.rows}x{shape.D} {kernel} {microseconds:9.1f} us {config}")
+            if times:
+                rows.append({
+                    "kernel": kernel, "rows": shape.rows, "width": shape.D,
+                    "itemsize": shape.itemsize, "config": times[0][1],
+                })  # fmt: skip
+    options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

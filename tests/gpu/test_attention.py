@@ -1,0 +1,185 @@
+"""The kernels of attention and selection: on a CUDA GPU, or on the CPU in Triton's interpreter."""
+
+import os
+
+import pytest
+import torch
+
+from subquad import mask
+from subquad.ops.attention import attention
+from subquad.ops.select import block_mass, window_mass
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not CUDA and os.environ.get("TRITON_INTERPRET") != "1",
+        reason="needs a CUDA GPU, or TRITON_INTERPRET=1",
+    ),
+]
+# In the interpreter a program takes a tenth of a second: few of them, in float32.
+LONG = 300 if CUDA else 130
+TOKENS = 200 if CUDA else 24
+DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+
+
+def rising(count, shape):
+    """Random lists of up to shape[-1] of count numbers, rising, -1 at the end."""
+    drawn = torch.randint(0, count + 1, shape).sort(-1)[0]
+    twice = torch.zeros_like(drawn, dtype=torch.bool)
+    twice[..., 1:] = drawn[..., 1:] == drawn[..., :-1]
+    drawn = drawn.masked_fill(twice, count).sort(-1)[0]
+    return torch.where(drawn == count, -1, drawn).int()
+
+
+def check(m, dtype, B=1, T=LONG, S=None, H=2, G=1, K=16, V=16, grad=True, **options):
+    """o, lse and the gradients through both against the definition in float64."""
+    torch.manual_seed(0)
+    S = T if S is None else S
+    shapes = (B, T, H, K), (B, S, G, K), (B, S, G, V)
+    q, k, v = (torch.randn(s, device=DEVICE).to(dtype).requires_grad_(grad) for s in shapes)
+    got = attention(q, k, v, m, return_lse=True, backend="triton", **options)
+    exact = [x.detach().double().requires_grad_(grad) for x in (q, k, v)]
+    want = attention(*exact, m, return_lse=True, backend="reference", **options)
+    pairs = list(zip(("o", "lse"), got, want, strict=True))
+    if grad:
+        weights = [torch.randn_like(x) for x in want]
+
+        def total(out):
+            o, lse = out
+            lse = lse.masked_fill(lse == -torch.inf, 0)
+            return (o * weights[0].to(o.dtype)).sum() + (lse * weights[1].to(lse.dtype)).sum()
+
+        gradients = (
+            torch.autograd.grad(total(got), (q, k, v)),
+            torch.autograd.grad(total(want), exact),
+        )
+        pairs += list(zip(("dq", "dk", "dv"), *gradients, strict=True))
+    for name, a, b in pairs:
+        assert torch.equal(a == -torch.inf, b == -torch.inf), name
+        a, b = (x.detach().double().nan_to_num(nan=1e9, neginf=0.0) for x in (a, b))
+        error = float((a - b).norm() / b.norm().clamp_min(1e-6))
+        assert error < TOLERANCE[dtype], f"{name}: {error:.2e}"
+
+
+def listed(index):
+    return index.to(DEVICE)
+
+
+IDS = torch.tensor([[0] * 37 + [1] * 60 + [-1] * 5 + [2] * (LONG - 102), [0] * LONG])
+STARTS = torch.tensor([[5, -1], [3, 70], [0, 100], [100, -1], [20, 90]])
+COLUMNS = torch.tensor([[0, 1, 2], [67, -1, -1], [65, 99, -1], [-1, -1, -1], [3, 4, 5]])
+ROWS = -(-LONG // 64)
+CASES = {
+    "window": (lambda: mask.causal() & mask.window(50), {}),
+    "window, by the copy engine": (
+        lambda: mask.causal() & mask.window(50),
+        {"B": 2, "T": 192, "K": 32, "V": 32},
+    ),
+    "blocks, by the copy engine": (
+        lambda: mask.blocks(listed(rising(ROWS, (ROWS, 2))), 64) & mask.causal(),
+        {"K": 32, "V": 32},
+    ),
+    "spans, by the copy engine": (
+        lambda: mask.spans(listed(STARTS[:ROWS]), listed(COLUMNS[:ROWS]), 64) & mask.causal(),
+        {"K": 32, "V": 32},
+    ),
+    "thin window": (lambda: mask.causal() & mask.window(20), {"B": 2}),
+    "full, odd dims": (mask.full, {"K": 24, "V": 40}),
+    "sinks": (lambda: mask.causal() & (mask.window(30) | mask.sinks(4)), {"H": 4, "G": 2}),
+    "strided": (lambda: mask.strided(7, 2) & mask.causal(), {}),
+    "rows without keys": (lambda: mask.window(3) & ~mask.window(5) | mask.prefix(9), {}),
+    "documents": (lambda: mask.documents(IDS) & mask.causal(), {"B": 2}),
+    "per head": (lambda: mask.per_head([mask.window(5), mask.sinks(70)]), {}),
+    "few queries, many keys": (mask.causal, {"T": 40, "S": LONG}),
+    "many queries, few keys": (mask.causal, {"T": LONG, "S": 40}),
+    "grid by tiles": (
+        lambda: mask.neighborhood((11, 9), (5, 3), dilation=(1, 2), tile=(8, 8)),
+        {"T": 2 * 2 * 64},
+    ),
+    "blocks": (lambda: mask.blocks(listed(rising(ROWS, (ROWS, 2))), 64) & mask.causal(), {}),
+    "blocks of a group": (
+        lambda: mask.blocks(listed(rising(ROWS, (2, ROWS, 2))), 64),
+        {"H": 4, "G": 2},
+    ),
+    "blocks of a head": (
+        lambda: mask.blocks(listed(rising(ROWS, (1, 2, ROWS, 2))), 64) & mask.causal(),
+        {},
+    ),
+    "large blocks": (
+        lambda: mask.blocks(listed(rising(3, (3, 2))), 128, 128) & mask.causal(),
+        {},
+    ),
+    "small blocks": (
+        lambda: mask.blocks(listed(rising(-(-LONG // 16), (ROWS * 4, 4))), 16) & mask.causal(),
+        {},
+    ),
+    "blocks of a token": (
+        lambda: mask.blocks(listed(rising(-(-TOKENS // 64), (TOKENS, 2))), 64, 1) & mask.causal(),
+        {"T": TOKENS},
+    ),
+    "blocks of a token and a group": (
+        lambda: (
+            mask.blocks(listed(rising(-(-TOKENS // 64), (2, TOKENS, 2))), 64, 1) & mask.causal()
+        ),
+        {"T": TOKENS, "H": 6, "G": 2},
+    ),
+    "blocks of later tokens": (
+        lambda: mask.blocks(listed(rising(2, (100, 2))), 64, 1) & mask.causal(),
+        {"T": 10, "S": 100},
+    ),
+    "spans and columns": (
+        lambda: mask.spans(listed(STARTS[:ROWS]), listed(COLUMNS[:ROWS]), 64) & mask.causal(),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_against_float64(name, dtype):
+    make, shape = CASES[name]
+    check(make(), dtype, **shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed(dtype):
+    cu = torch.tensor([0, 60, 60, 61, LONG], dtype=torch.int32, device=DEVICE)
+    check(mask.causal() & mask.window(33), dtype, cu_seqlens=cu)
+
+
+@pytest.mark.skipif(not CUDA, reason="long for the interpreter")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [64, 96, 128, 192, 256])
+def test_head_dims(width, dtype):
+    check(mask.causal() & (mask.window(70) | mask.sinks(4)), dtype, K=width, V=width, H=4, G=2)
+    index = listed(rising(5, (2, 5, 3)))
+    check(mask.blocks(index, 64) & mask.causal(), dtype, K=width, V=width, H=4, G=2)
+    index = listed(rising(5, (2, LONG, 3)))
+    check(mask.blocks(index, 64, 1) & mask.causal(), dtype, K=width, V=width, H=8, G=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_is_split_over_keys(dtype):
+    n = 40 if CUDA else 9
+    index = torch.arange(n, dtype=torch.int32)[None].repeat(2, 1, 1)
+    index[1, :, n // 3 :] = -1  # ragged over the heads
+    m = mask.blocks(listed(index), 64, 64 * n) & mask.causal()
+    check(m, dtype, T=1, S=64 * n - 5, H=4, G=2, grad=False)
+
+
+def test_masses():
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 70, h, 16, device=DEVICE) for h in (4, 2))
+    for reduce in ("sum", "max"):
+        got = block_mass(q, k, 16, rows=32, reduce=reduce)
+        want = block_mass(q.double(), k.double(), 16, rows=32, reduce=reduce)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    fine, coarse = (torch.randn(2, n, 2, 16, device=DEVICE) for n in (16, 4))
+    for by in (None, (coarse, 16, 16)):
+        exact = None if by is None else (coarse.double(), 16, 16)
+        got = window_mass(q, fine, 8, 4, by=by)
+        want = window_mass(q.double(), fine.double(), 8, 4, by=exact)
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
