@@ -197,6 +197,22 @@ def test_many_short_sequences():
     assert len(plan.Plan(1, int(cu[-1]), 2, 8, cu, "cpu").counts) == 1
 
 
+def test_any_strides():
+    """Inputs, state and gradients need not be contiguous, and are not overwritten."""
+    for H, packed in ((1, False), (2, False), (2, True)):
+        inputs = make("channel", B=1, H=H, N=4 if packed else 1)
+        strided = {n: t.mT.contiguous().mT for n, t in inputs.items()}
+        before = {n: t.clone() for n, t in strided.items()}
+        o, last = recurrence(
+            **{n: t.requires_grad_() for n, t in strided.items()}, cu_seqlens=CU if packed else None
+        )
+        torch.autograd.grad((o.mT @ o).sum() + (last.mT @ last).sum(), list(strided.values()))
+        close(strided, before)
+        want, want_last = recurrence(**inputs, cu_seqlens=CU if packed else None)
+        close(o, want)
+        close(last, want_last)
+
+
 def test_nothing_to_read():
     inputs = make(T=0, N=2)
     o, last = recurrence(**inputs)

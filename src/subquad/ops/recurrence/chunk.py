@@ -86,7 +86,7 @@ def forward(
     if state is None:
         S = v.new_zeros(plan.N * H, K, V, dtype=wide)
     else:
-        S = plan.sort(state).to(wide, copy=True).view(plan.N * H, K, V)
+        S = plan.sort(state, wide)
     o = torch.empty_like(v, memory_format=torch.contiguous_format)
     states = S.new_empty(plan.capacity * H if keep else 0, K, V)
     states[plan.total * H :] = 0
@@ -96,7 +96,7 @@ def forward(
         D = _scan(part, slab.steps, S, before)
         out = torch.bmm(part.pairs[:, : part.c], D)
         slab.put(o, out.baddbmm_(part.gate.reads[:, : part.c], before))
-    return o, plan.unsort(S.view(plan.N, H, K, V)), states
+    return o, plan.unsort(S), states
 
 
 def _cut(t: Tensor | None, steps: list[int]) -> Sequence[Tensor | None]:
@@ -149,7 +149,7 @@ def backward(
     if dlast is None:
         dS = states.new_zeros(plan.N * H, K, V)
     else:
-        dS = plan.sort(dlast).to(states.dtype, copy=True).view(plan.N * H, K, V)
+        dS = plan.sort(dlast, states.dtype)
     grads = [
         None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
         for t in (q, k, v, decay, beta)
@@ -161,7 +161,7 @@ def backward(
         for grad, value in zip(grads, values, strict=True):
             if grad is not None:
                 slab.put(grad, value)
-    return *grads, plan.unsort(dS.view(plan.N, H, K, V))
+    return *grads, plan.unsort(dS)
 
 
 def _gradients(part: Part, steps: list[int], S: Tensor, E: Tensor, dS: Tensor):

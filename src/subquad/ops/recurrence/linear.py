@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops import checks
+from subquad.ops.backend import without_autocast
 from subquad.ops.layout import expand_heads
 
 
@@ -86,7 +87,8 @@ def linear_attention(
             backend=backend,
         )
     else:
-        both, last = _bidirectional(q, k, one, scale, joined, cu_seqlens)
+        with without_autocast(q.device.type):
+            both, last = _bidirectional(q, k, one, scale, joined, cu_seqlens)
     o = (both[..., :V] / (both[..., V:] + eps)).to(v.dtype)
     return o, (last[..., :V], last[..., V])
 

@@ -113,15 +113,15 @@ class Plan:
         self.capacity = chunk_count(B, T, None if cu is None else self.N, width)
         self.limit = max(1, SLAB // (self.chunk * width * H))
 
-    def sort(self, state: Tensor) -> Tensor:
-        """``[N,...]`` in the order in which the sequences are worked."""
-        return state if not self.packed else state.index_select(0, self.order)
+    def sort(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of ``[N,H,K,V]``, ``[N H,K,V]`` in the order in which sequences are worked."""
+        state = state.index_select(0, self.order) if self.packed else state.clone()
+        return state.to(dtype).reshape(-1, *state.shape[2:])
 
     def unsort(self, state: Tensor) -> Tensor:
         """The other way round."""
-        if not self.packed:
-            return state
-        return torch.empty_like(state).index_copy_(0, self.order, state)
+        state = state.view(self.N, self.H, *state.shape[1:])
+        return torch.empty_like(state).index_copy_(0, self.order, state) if self.packed else state
 
     def slabs(self, reverse: bool = False) -> Iterator[Slab]:
         """The slabs in order, or in reverse order."""

@@ -131,7 +131,6 @@ def _(do, dlast, q, k, v, decay, beta, scale, cu_seqlens, states):
 
 def _save(ctx, inputs, output):
     q, k, v, decay, beta, ctx.scale, state, cu_seqlens, _ = inputs
-    ctx.has_state = state is not None
     ctx.state_dtype = None if state is None else state.dtype
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
@@ -150,7 +149,7 @@ def _backward(ctx, do, dlast, _):
         None if decay is None else ddecay,
         None if beta is None else dbeta,
         None,
-        dstate.to(ctx.state_dtype) if ctx.has_state else None,
+        None if ctx.state_dtype is None else dstate.to(ctx.state_dtype),
         None,
         None,
     )
