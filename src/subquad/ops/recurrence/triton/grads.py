@@ -22,77 +22,63 @@ from subquad.ops.recurrence.triton.parts import (
     NONE,
     SIZES,
     fade,
+    gates,
     halves,
     numbers,
     put,
     reference,
     segment,
+    summed,
     tile,
 )
 
 
 @triton.jit
-def _through_scores(
+def _exact(
     q, k, G, a, at, y, yt, dq, dk, z,
-    LIMIT: tl.constexpr, DELTA: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the parts of dq, dk (its minus part) and Z that pass through scores per channel.
-
-    a, y ``[i,j]`` and at, yt ``[j,i]`` are the gradients of the scores, zero where not causal, in
-    the dtype of k.
-    """
+    """Add the parts of dq, dk (its minus part) and Z that pass through the scores."""
     kind = k.dtype
-    d = G - reference(G, C // 2, C, BK)
-    if tl.max(tl.max(tl.abs(d), axis=1), axis=0) < LIMIT:
-        up = tl.exp(d)
-        down = tl.exp(-d)
-        kd = (k * down).to(kind)
-        dq += up * tl.dot(a, kd, input_precision=PRECISION)
-        m = tl.dot(at, (q * up).to(kind), input_precision=PRECISION)
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    same = tl.sum(tl.where(i == j, a.to(tl.float32), 0.0), axis=1)[:, None]
+    dq += same * k
+    dk += same * q
+    S = 1
+    while S < C:
+        f = tl.exp(-tl.abs(G - reference(G, S, C, BK)))
+        kf = (k * f).to(kind)
+        keep = halves(S, C, 0)
+        keep_t = halves(S, C, 1)
+        dq += f * tl.dot(tl.where(keep, a, 0.0), kf, input_precision=PRECISION)
+        m = tl.dot(tl.where(keep_t, at, 0.0), (q * f).to(kind), input_precision=PRECISION)
         if DELTA:
-            z += up * tl.dot(y, kd, input_precision=PRECISION)
-            m = tl.dot(yt, (k * up).to(kind), m, input_precision=PRECISION)
-        dk += down * m
-    else:
-        i = tl.arange(0, C)[:, None]
-        j = tl.arange(0, C)[None, :]
-        same = tl.sum(tl.where(i == j, a.to(tl.float32), 0.0), axis=1)[:, None]
-        dq += same * k
-        dk += same * q
-        S = 1
-        while S < C:
-            f = tl.exp(-tl.abs(G - reference(G, S, C, BK)))
-            kf = (k * f).to(kind)
-            keep = halves(S, C, 0)
-            keep_t = halves(S, C, 1)
-            s = tl.where(keep, a, 0.0)
-            dq += f * tl.dot(s, kf, input_precision=PRECISION)
-            s = tl.where(keep_t, at, 0.0)
-            m = tl.dot(s, (q * f).to(kind), input_precision=PRECISION)
-            if DELTA:
-                s = tl.where(keep, y, 0.0)
-                z += f * tl.dot(s, kf, input_precision=PRECISION)
-                s = tl.where(keep_t, yt, 0.0)
-                m = tl.dot(s, kf, m, input_precision=PRECISION)
-            dk += f * m
-            S *= 2
+            z += f * tl.dot(tl.where(keep, y, 0.0), kf, input_precision=PRECISION)
+            m = tl.dot(tl.where(keep_t, yt, 0.0), kf, m, input_precision=PRECISION)
+        dk += f * m
+        S *= 2
     return dq, dk, z
 
 
 @triton.jit(do_not_specialize=SIZES)
 def grads(
-    Q, K_, V_, G_, BETA, DO, D_, F_, HS, DHS, TABLE, DQ, DK, DV, DG, DB,
+    Q, K_, V_, G_, BETA, DO, D_, F_, HS, DHS, GS, FLAG, TABLE, DQ, DK, DV, DG, DB,
     scale, T, H, HQ, HK, HV, HD, HB,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, STRONG: tl.constexpr,
+    FUSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """STRONG does the chunks that prepare flagged, the other call the rest."""
+    ONE: tl.constexpr = BV >= V  # the values fit one block, which is then read once
     index = tl.program_id(0)
     h = tl.program_id(1)
     first, end, _, _, _, chunk = segment(TABLE, index, T, C, C, PACKED)
     left = end - first
-    if left > 0:
+    wanted = left > 0
+    if DECAY == CHANNEL:
+        wanted = wanted & ((tl.load(FLAG + chunk.to(tl.int64) * H + h) != 0) == STRONG)
+    if wanted:
         hq, hk, hv, hd = h * HQ // H, h * HK // H, h * HV // H, h * HD // H
         i = tl.arange(0, C)[:, None]
         j = tl.arange(0, C)[None, :]
@@ -109,15 +95,16 @@ def grads(
             beta = numbers(BETA, first, left, HB, h * HB // H, C)
         for value in range(0, V, BV):
             do = tile(DO, first, left, H, h, value, V, C, BV)
-            v = tile(V_, first, left, HV, hv, value, V, C, BV)
-            d = v
             if DELTA:
                 d = tile(D_, first, left, H, h, value, V, C, BV)
                 f = tile(F_, first, left, H, h, value, V, C, BV)
-                y = tl.dot(f, tl.trans(d), y, input_precision=PRECISION)
-                yt = tl.dot(d, tl.trans(f), yt, input_precision=PRECISION)
+                v = tile(V_, first, left, HV, hv, value, V, C, BV)
                 db += tl.sum(f.to(tl.float32) * v.to(tl.float32), axis=1)
                 put(DV, f * beta[:, None], first, left, H, h, value, V, C, BV)
+                y = tl.dot(f, tl.trans(d), y, input_precision=PRECISION)
+                yt = tl.dot(d, tl.trans(f), yt, input_precision=PRECISION)
+            else:
+                d = tile(V_, first, left, HV, hv, value, V, C, BV)
             a = tl.dot(do, tl.trans(d), a, input_precision=PRECISION)
             at = tl.dot(d, tl.trans(do), at, input_precision=PRECISION)
         a *= scale
@@ -125,9 +112,7 @@ def grads(
         if DELTA:
             yt *= -beta[None, :]
         if DECAY == HEAD:
-            g = numbers(G_, first, left, HD, hd, C)
-            G = tl.cumsum(g, axis=0)
-            g_end = tl.sum(g, axis=0)
+            G, g_end = gates(G_, GS, first, left, HD, hd, chunk, H, h, C, FUSE)
             lower = fade(G[:, None], G[None, :], i >= j)
             upper = fade(G[None, :], G[:, None], i <= j)
             a *= lower
@@ -143,6 +128,13 @@ def grads(
             yt = tl.where(i < j, yt, 0.0)
         a, at, y, yt = a.to(kind), at.to(kind), y.to(kind), yt.to(kind)
 
+        if ONE:
+            do = tile(DO, first, left, H, h, 0, V, C, BV)
+            if DELTA:
+                d = tile(D_, first, left, H, h, 0, V, C, BV)
+                f = tile(F_, first, left, H, h, 0, V, C, BV)
+            else:
+                d = tile(V_, first, left, HV, hv, 0, V, C, BV)
         state = (chunk.to(tl.int64) * H + h) * (V * K)
         for column in range(0, K, BK):
             columns = column + tl.arange(0, BK)
@@ -155,32 +147,48 @@ def grads(
                 ok = (r < V) & (columns[None, :] < K)
                 S = tl.load(HS + state + r * K + columns[None, :], mask=ok, other=0.0)
                 dS = tl.load(DHS + state + r * K + columns[None, :], mask=ok, other=0.0)
-                do = tile(DO, first, left, H, h, value, V, C, BV)
+                if not ONE:
+                    do = tile(DO, first, left, H, h, value, V, C, BV)
+                    if DELTA:
+                        d = tile(D_, first, left, H, h, value, V, C, BV)
+                        f = tile(F_, first, left, H, h, value, V, C, BV)
+                    else:
+                        d = tile(V_, first, left, HV, hv, value, V, C, BV)
                 dq = tl.dot(do, S, dq, input_precision=PRECISION)
-                if DELTA:
-                    d = tile(D_, first, left, H, h, value, V, C, BV)
-                    f = tile(F_, first, left, H, h, value, V, C, BV)
-                    z = tl.dot(f, S, z, input_precision=PRECISION)
-                else:
-                    d = tile(V_, first, left, HV, hv, value, V, C, BV)
                 dk = tl.dot(d, dS, dk, input_precision=PRECISION)
+                if DELTA:
+                    z = tl.dot(f, S, z, input_precision=PRECISION)
                 if DECAY != NONE:
                     forget += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
 
             q = tile(Q, first, left, HQ, hq, column, K, C, BK)
             k = tile(K_, first, left, HK, hk, column, K, C, BK)
             if DECAY == CHANNEL:
-                gates = tile(G_, first, left, HD, hd, column, K, C, BK)
-                G2 = tl.cumsum(gates, axis=0)
-                last = tl.sum(gates, axis=0)
-                rise = tl.exp(G2)
-                dq *= rise * scale
-                z *= rise
-                dk *= tl.exp(last[None, :] - G2)
-                ends = tl.sum(dk * k, axis=0) + forget * tl.exp(last)
-                dq, dk, z = _through_scores(
-                    q, k, G2, a, at, y, yt, dq, dk, z, LIMIT, DELTA, C, BK, PRECISION
-                )
+                g = tile(G_, first, left, HD, hd, column, K, C, BK)
+                Gc = summed(g, C)
+                middle = tl.sum(tl.where(i < C // 2, g, 0.0), axis=0)
+                last = middle + tl.sum(tl.where(i < C // 2, 0.0, g), axis=0)
+                if STRONG:
+                    dq *= tl.exp(Gc) * scale
+                    z *= tl.exp(Gc)
+                    dk *= tl.exp(last[None, :] - Gc)
+                    ends = tl.sum(dk * k, axis=0)
+                    dq, dk, z = _exact(q, k, Gc, a, at, y, yt, dq, dk, z, DELTA, C, BK, PRECISION)
+                else:
+                    up = tl.exp(Gc - middle[None, :])
+                    down = tl.exp(middle[None, :] - Gc)
+                    kd = (k * down).to(kind)
+                    dq *= (tl.exp(middle) * scale)[None, :]
+                    dq = up * tl.dot(a, kd, dq, input_precision=PRECISION)
+                    dk *= tl.exp(last - middle)[None, :]
+                    ends = tl.sum(dk * (k * down), axis=0)
+                    dk = tl.dot(at, (q * up).to(kind), dk, input_precision=PRECISION)
+                    if DELTA:
+                        z *= tl.exp(middle)[None, :]
+                        z = up * tl.dot(y, kd, z, input_precision=PRECISION)
+                        dk = tl.dot(yt, (k * up).to(kind), dk, input_precision=PRECISION)
+                    dk *= down
+                ends += forget * tl.exp(last)
             else:
                 dq *= scale
                 if DECAY == HEAD:
@@ -206,7 +214,8 @@ def grads(
                     gain += k * z
             put(DK, dk, first, left, H, h, column, K, C, BK)
             if DECAY == CHANNEL:
-                dg = tl.cumsum(gain, axis=0, reverse=True) + ends[None, :]
+                later = tl.where(i <= j, 1.0, 0.0)
+                dg = tl.dot(later, gain, input_precision=PRECISION) + ends[None, :]
                 put(DG, dg, first, left, H, h, column, K, C, BK)
             elif DECAY == HEAD:
                 gains += tl.sum(gain, axis=1)

@@ -15,6 +15,7 @@ from subquad.ops.recurrence.triton.scan import combine, scan, scan_back
 from subquad.ops.recurrence.triton.step import step
 
 C = 64  # rows of a chunk
+SHORT = 4096  # tokens up to which a launch weighs more than computing the scores twice
 NAMES = {"none": 0, "head": 1, "channel": 2}
 # exp(LIMIT) and its inverse times an input stay representable (see prepare.py).
 LIMITS = {torch.float16: 6.0, torch.bfloat16: 80.0, torch.float32: 80.0}
@@ -72,6 +73,12 @@ class Plan:
         return self.segments > self.N
 
     @property
+    def fuse(self) -> bool:
+        """Whether the passes compute the scores themselves: short sequences in one launch."""
+        short = self.T <= SHORT or self.decay == "none"
+        return short and self.decay != "channel" and not self.delta
+
+    @property
     def precision(self) -> str:
         return "tf32x3" if self.dtype == torch.float32 else "tf32"
 
@@ -86,6 +93,20 @@ class Plan:
             "K": self.K, "V": self.V, "DECAY": NAMES[self.decay], "DELTA": self.delta,
             "PACKED": self.table is not None, **more,
         }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What :mod:`prepare` wrote, under its names; None where not needed."""
+
+    A: Tensor | None = None
+    M: Tensor | None = None
+    P: Tensor | None = None
+    W: Tensor | None = None
+    QG: Tensor | None = None
+    KG: Tensor | None = None
+    GS: Tensor | None = None
+    flag: Tensor | None = None
 
 
 def plan(
@@ -141,61 +162,64 @@ def pick(sizes: dict, *names: str) -> dict:
     return {n: sizes[n] for n in names}
 
 
-def prepared(p: Plan, q, k, decay, beta, scale: float, sizes: dict) -> dict:
-    """A, P, W, QG, KG, GC of :mod:`prepare`; those not needed are None."""
-    out: dict[str, Tensor | None] = dict.fromkeys(("A", "P", "W", "QG", "KG", "GC"))
-    channel = p.decay == "channel"
-    if not (channel or p.delta):
-        return out
-    if channel:
-        out["A"] = q.new_empty(p.B, p.T, p.H, C)
-        out["QG"] = q.new_empty(p.B, p.T, p.H, p.K)
-        out["KG"] = q.new_empty(p.B, p.T, p.H, p.K)
-        out["GC"] = q.new_empty(p.chunks, p.H, p.K, dtype=torch.float32)
-    if p.delta:
-        out["P"] = q.new_empty(p.B, p.T, p.H, C)
-        out["W"] = q.new_empty(p.B, p.T, p.H, p.K)
-    scratch = q.new_empty(p.chunks, p.H, C, 16, dtype=torch.float32) if p.delta else None
-    prepare[(p.chunks, p.H)](
-        q, k, decay, beta, p.chunk_table, scratch, *out.values(), scale, p.T,
-        **pick(sizes, "H", "HQ", "HK", "HD", "HB"),
-        K=p.K, C=C, DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.table is not None,
-        LIMIT=LIMITS[p.dtype], PRECISION=p.precision, INVERSE=p.precision, **p.config("prepare"),
-    )  # fmt: skip
+def prepared(p: Plan, q, k, decay, beta, scale: float, sizes: dict, back: bool) -> Ready:
+    """What :mod:`prepare` writes; without a launch where the passes need none of it."""
+    if p.fuse:
+        return Ready()
+    channel, chunks = p.decay == "channel", (p.chunks, p.H)
+
+    def new(wanted: bool, *shape: int, dtype: torch.dtype = q.dtype) -> Tensor | None:
+        return q.new_empty(*chunks, *shape, dtype=dtype) if wanted else None
+
+    flag = new(channel, dtype=torch.int32)
+    scratch = new(p.delta, C, 16, dtype=torch.float32)
+    width = p.K if channel else C
+    out = Ready(
+        A=new(True, C, C),
+        M=new(p.delta, C, C),
+        P=new(p.delta and back, C, C),
+        W=new(p.delta, C, p.K),
+        QG=new(channel, C, p.K),
+        KG=new(channel, C, p.K),
+        GS=new(p.decay != "none", width, dtype=torch.float32),
+        flag=flag,
+    )
+    for strong in (False, True) if channel else (False,):
+        prepare[chunks](
+            q, k, decay, beta, p.chunk_table, flag, scratch,
+            out.A, out.M, out.P, out.W, out.QG, out.KG, out.GS, scale, p.T,
+            **pick(sizes, "H", "HQ", "HK", "HD", "HB"),
+            K=p.K, C=C, DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.table is not None,
+            STRONG=strong, BACK=back, LIMIT=LIMITS[p.dtype], EXACT=p.dtype == torch.float32,
+            PRECISION=p.precision, **p.config("prepare"),
+        )  # fmt: skip
     return out
 
 
-def operands(p: Plan, q, k, ready: dict, sizes: dict) -> tuple[Tensor, Tensor, dict]:
-    """What the passes over time read as q and k: the gated ones for a decay per channel."""
-    if p.decay != "channel":
-        return q, k, sizes
-    return ready["QG"], ready["KG"], {**sizes, "HQ": p.H, "HK": p.H}
-
-
-def run_scan(p: Plan, q, k, v, decay, beta, ready, init, scale, sizes, **outs) -> None:
+def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, sizes, **outs) -> None:
     """One :func:`scan.scan`; the outputs that are given are written."""
     c = p.config("scan")
     blocks = triton.cdiv(p.V, c["BV"])
     split = outs.get("LOCAL") is not None
     if split and p.delta:
         blocks += triton.cdiv(p.K, c["BV"])
-    q, k, sizes = operands(p, q, k, ready, sizes)
     scan[(p.segments * blocks, p.H)](
-        q, k, v, decay, beta, ready["A"], ready["P"], ready["W"], ready["GC"], init, p.table,
+        q, k, v, decay, ready.A, ready.M, ready.W, ready.QG, ready.KG, ready.GS, init, p.table,
         *(outs.get(n) for n in ("O", "D", "HS", "FINAL", "LOCAL", "TOTAL")),
-        scale, p.T, p.size, **sizes,
+        scale, p.T, p.size, **pick(sizes, "H", "HQ", "HK", "HV", "HD"),
         **p.switches(
             C=C, BK=configs.key_width(p.K), HAS_INIT=init is not None, OUTPUT="O" in outs,
-            KEEP="HS" in outs, END="FINAL" in outs, SPLIT=split, PRECISION=p.precision,
+            KEEP="HS" in outs, END="FINAL" in outs, SPLIT=split, FUSE=p.fuse,
+            PRECISION=p.precision,
         ),
         **c,
     )  # fmt: skip
 
 
-def run_combine(p: Plan, local, local_rows, link, link_rows, link_row, init, out, final, back):
+def run_combine(p: Plan, local, local_rows, link, link_rows, link_row, init, out, back) -> None:
     c = p.config("combine")
     combine[(p.N * triton.cdiv(p.V, c["BV"]), p.H)](
-        local, link, init, p.first, out, final, p.T, p.size, p.H,
+        local, link, init, p.first, out, p.T, p.size, p.H,
         **p.switches(
             BK=configs.key_width(p.K), LOCAL_ROWS=local_rows, LINK_ROWS=link_rows,
             LINK_ROW=link_row, HAS_INIT=init is not None, BACK=back, PRECISION="tf32x3",
@@ -213,18 +237,15 @@ def forward(
     sizes = counts(p, q, k, v, decay, beta)
     o = v.new_empty(p.B, p.T, p.H, p.V)
     final = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
-    ready = prepared(p, q, k, decay, beta, scale, sizes)
-    args = (p, q, k, v, decay, beta, ready)
-    if not p.split:
-        run_scan(*args, state, scale, sizes, O=o, FINAL=final)
-        none = v.new_empty(0, dtype=torch.float32)
-        return o, final, none, none.clone()
+    args = (p, q, k, v, decay, prepared(p, q, k, decay, beta, scale, sizes, back=False))
     starts, link = carried(q, k, v, decay, beta, cu)
-    rows, from_row = link_rows(p)
-    local = link if p.delta else v.new_empty(p.segments, p.H, rows, p.K, dtype=torch.float32)
-    run_scan(*args, None, scale, sizes, LOCAL=local, TOTAL=link)
-    run_combine(p, local, rows, link, rows, from_row, state, starts, final, back=False)
-    run_scan(*args, starts, scale, sizes, O=o)
+    if p.split:
+        rows, from_row = link_rows(p)
+        local = link if p.delta else v.new_empty(p.segments, p.H, rows, p.K, dtype=torch.float32)
+        run_scan(*args, state, scale, sizes, LOCAL=local, TOTAL=link)
+        run_combine(p, local, rows, link, rows, from_row, state, starts, back=False)
+        state = starts
+    run_scan(*args, state, scale, sizes, O=o, FINAL=final)
     return o, final, starts, link
 
 
@@ -252,12 +273,12 @@ def backward(
     """Gradients of q, k, v, decay, beta (float32, or None) and state, each with all H heads."""
     p = plan(q, k, v, decay, beta, cu)
     sizes = counts(p, q, k, v, decay, beta)
-    ready = prepared(p, q, k, decay, beta, scale, sizes)
+    ready = prepared(p, q, k, decay, beta, scale, sizes, back=True)
     # The states before every chunk are computed again: storing them costs more than the pass.
     before = v.new_empty(p.chunks, p.H, p.V, p.K)
     new = v.new_empty(p.B, p.T, p.H, p.V) if p.delta else None
     init = starts if p.split else state
-    run_scan(p, q, k, v, decay, beta, ready, init, scale, sizes, HS=before, D=new)
+    run_scan(p, q, k, v, decay, ready, init, scale, sizes, HS=before, D=new)
 
     ends = dfinal
     if p.split:
@@ -265,14 +286,13 @@ def backward(
         run_back(p, q, k, decay, do, ready, None, scale, sizes, LOCAL=local)
         ends = torch.empty_like(starts)
         rows, from_row = link_rows(p)
-        run_combine(p, local, p.V, link, rows, from_row, dfinal, ends, None, back=True)
+        run_combine(p, local, p.V, link, rows, from_row, dfinal, ends, back=True)
     after = torch.empty_like(before)
     through = v.new_empty(p.B, p.T, p.H, p.V)
     dstate = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
     run_back(
         p, q, k, decay, do, ready, ends, scale, sizes, OUT=through, HS=after, START=dstate
     )  # fmt: skip
-    ready.clear()
 
     dq = q.new_empty(p.B, p.T, p.H, p.K)
     dk = torch.empty_like(dq)
@@ -283,24 +303,26 @@ def backward(
         dg = q.new_empty(shape, dtype=torch.float32)
     if p.delta:
         db = q.new_empty(p.B, p.T, p.H, dtype=torch.float32)
-    grads[(p.chunks, p.H)](
-        q, k, v, decay, beta, do, new, through, before, after, p.chunk_table, dq, dk, dv, dg, db,
-        scale, p.T, **sizes,
-        **p.switches(C=C, LIMIT=LIMITS[p.dtype], PRECISION=p.precision), **p.config("grads"),
-    )  # fmt: skip
+    for strong in (False, True) if p.decay == "channel" else (False,):
+        grads[(p.chunks, p.H)](
+            q, k, v, decay, beta, do, new, through, before, after, ready.GS, ready.flag,
+            p.chunk_table, dq, dk, dv, dg, db, scale, p.T, **sizes,
+            **p.switches(C=C, STRONG=strong, FUSE=p.fuse, PRECISION=p.precision),
+            **p.config("grads"),
+        )  # fmt: skip
     return dq, dk, dv, dg, db, dstate
 
 
-def run_back(p: Plan, q, k, decay, do, ready, init, scale, sizes, **outs) -> None:
+def run_back(p: Plan, q, k, decay, do, ready: Ready, init, scale, sizes, **outs) -> None:
+    """One :func:`scan.scan_back`; the outputs that are given are written."""
     c = p.config("scan_back")
-    q, k, sizes = operands(p, q, k, ready, sizes)
     scan_back[(p.segments * triton.cdiv(p.V, c["BV"]), p.H)](
-        q, k, decay, do, ready["A"], ready["P"], ready["W"], ready["GC"], init, p.table,
+        q, k, decay, do, ready.A, ready.P, ready.W, ready.QG, ready.KG, ready.GS, init, p.table,
         *(outs.get(n) for n in ("OUT", "HS", "START", "LOCAL")),
         scale, p.T, p.size, **pick(sizes, "H", "HQ", "HK", "HD"),
         **p.switches(
-            C=C, BK=configs.width(p.K), HAS_INIT=init is not None, SPLIT="LOCAL" in outs,
-            PRECISION=p.precision,
+            C=C, BK=configs.key_width(p.K), HAS_INIT=init is not None, SPLIT="LOCAL" in outs,
+            FUSE=p.fuse, PRECISION=p.precision,
         ),
         **c,
     )  # fmt: skip

@@ -87,9 +87,58 @@ def numbers(X, first, left, heads, h, C: tl.constexpr):
 
 
 @triton.jit
+def block(
+    X, chunk, H, h, column, W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr
+):  # fmt: skip
+    """``[C,BW]`` of ``X [chunks,H,C,W]``, which holds whole chunks (rows without a token are 0)."""
+    c = column + tl.arange(0, BW)[None, :]
+    at = X + ((chunk.to(tl.int64) * H + h) * C + tl.arange(0, C)[:, None]) * W + c
+    if W % BW != 0:
+        x = tl.load(at, mask=c < W, other=0.0)
+    else:
+        x = tl.load(at)
+    return x
+
+
+@triton.jit
+def put_block(
+    X, x, chunk, H, h, column, W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr
+):  # fmt: skip
+    """Write ``x [C,BW]`` where :func:`block` reads."""
+    c = column + tl.arange(0, BW)[None, :]
+    at = X + ((chunk.to(tl.int64) * H + h) * C + tl.arange(0, C)[:, None]) * W + c
+    tl.store(at, x.to(X.dtype.element_ty), mask=c < W)
+
+
+@triton.jit
+def gates(
+    G_, GS, t, left, HD, hd, chunk, H, h, C: tl.constexpr, FUSE: tl.constexpr
+):  # fmt: skip
+    """A chunk's G ``[C]`` and its end, for a decay per head."""
+    if FUSE:
+        g = numbers(G_, t, left, HD, hd, C)
+        G = tl.cumsum(g, axis=0)
+        end = tl.sum(g, axis=0)
+    else:
+        at = GS + (chunk.to(tl.int64) * H + h) * C
+        G = tl.load(at + tl.arange(0, C))
+        end = tl.load(at + C - 1)
+    return G, end
+
+
+@triton.jit
 def fade(G_row, G_col, keep):
     """``exp(G_row - G_col)`` where ``keep``, else 0; never above 1 where keep is causal."""
     return tl.exp(tl.where(keep, G_row - G_col, float("-inf")))
+
+
+@triton.jit
+def summed(g, C: tl.constexpr):
+    """The sums ``G_i = g_0 + .. + g_i`` over the rows of ``g [C,BK]``, by a product: in registers
+    a sum over rows goes through many more instructions."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    return tl.dot(tl.where(i >= j, 1.0, 0.0), g, input_precision="tf32x3")
 
 
 @triton.jit
@@ -109,14 +158,24 @@ def halves(S, C: tl.constexpr, QUERY: tl.constexpr):
 
 
 @triton.jit
-def inverse(N, SCRATCH, C: tl.constexpr, PRECISION: tl.constexpr):
+def _join(X, N, S: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
+    """Join the inverses of blocks of S rows in pairs: that of ``[[A, 0], [L, B]]`` has
+    ``-B^-1 L A^-1`` below its diagonal. float16 keeps as many bits as tf32, and moves half."""
+    L = tl.where(halves(S, C, 0), N, 0.0)
+    if EXACT:
+        return X - tl.dot(tl.dot(X, L, input_precision="tf32x3"), X, input_precision="tf32x3")
+    half = X.to(tl.float16)
+    return X - tl.dot(tl.dot(half, L.to(tl.float16)).to(tl.float16), half)
+
+
+@triton.jit
+def inverse(N, SCRATCH, C: tl.constexpr, EXACT: tl.constexpr):
     """``(I + N)^-1`` of a strictly lower triangular ``N [C,C]``.
 
     First the diagonal blocks of 16, row by row in float32 and all at once, in the compact form
     ``X[c,r]``: column c at row r of its block. There a sum over the rows stays within few threads,
     which makes it ten times faster than on the square; memory (SCRATCH, C 16 floats) turns one
-    form into the other. Then blocks are joined in pairs: the inverse of ``[[A, 0], [L, B]]`` has
-    ``-B^-1 L A^-1`` below its diagonal.
+    form into the other.
     """
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
@@ -133,10 +192,5 @@ def inverse(N, SCRATCH, C: tl.constexpr, PRECISION: tl.constexpr):
     tl.store(SCRATCH + i * 16 + r, X)
     tl.debug_barrier()
     X = tl.load(SCRATCH + j * 16 + i % 16, mask=same, other=0.0)
-    if C >= 32:
-        L = tl.where(halves(16, C, 0), N, 0.0)
-        X -= tl.dot(tl.dot(X, L, input_precision=PRECISION), X, input_precision=PRECISION)
-    if C >= 64:
-        L = tl.where(halves(32, C, 0), N, 0.0)
-        X -= tl.dot(tl.dot(X, L, input_precision=PRECISION), X, input_precision=PRECISION)
-    return X
+    X = _join(X, N, 16, C, EXACT)
+    return _join(X, N, 32, C, EXACT)

@@ -1,13 +1,18 @@
 """What a chunk needs before the state reaches it; all chunks at once.
 
-Writes, per head: for the delta rule ``P = (I + N)^-1`` with ``N = strict_lower(beta_i k_i . k_j
-exp(G_i - G_j))`` and ``W = -P (beta exp(G) k)``; for a decay per channel the scores ``A`` (scaled,
-lower), ``QG = scale exp(G) q``, ``KG = exp(G_end - G) k`` and ``GC = G_end``.
+Writes, per chunk and head (rows without a token are 0):
 
-A product over channels with ``exp(G_i - G_j)`` is taken from a row in the middle of the chunk,
-``exp(G_i - ref) exp(ref - G_j)``, where both factors are representable (LIMIT); else exactly for
-any decay: pairs are sorted by the smallest aligned block of 2 S rows that holds both, and the
-reference is the end of its first half, so that no exponent is positive.
+    A = scale lower(q_i . k_j exp(G_i - G_j))                       the scores
+    P = (I + N)^-1,  N = strict_lower(beta_i k_i . k_j exp(G_i - G_j))
+    M = P diag(beta),  W = -M (exp(G) k)                            for the delta rule
+    QG = scale exp(G) q,  KG = exp(G_end - G) k                     for a decay per channel
+    GS: G for a decay per head, G_end for one per channel
+
+A product over channels with ``exp(G_i - G_j)`` is taken from the middle of the chunk, ``exp(G_i -
+ref) exp(ref - G_j)``. Where a factor would not be representable (LIMIT), FLAG is set, and the same
+kernel with STRONG does the chunk again, exactly for any decay: pairs are sorted by the smallest
+aligned block of 2 S rows that holds both, and the reference is the end of its first half, so that
+no exponent is positive.
 """
 
 import triton
@@ -17,104 +22,128 @@ from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
     SIZES,
+    block,
     fade,
     halves,
     inverse,
     numbers,
-    put,
+    put_block,
     reference,
     segment,
+    summed,
     tile,
 )
 
 
 @triton.jit
-def _scores(
-    q, k, G, qk, kk,
-    LIMIT: tl.constexpr, DELTA: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add these channels' ``sum_d q_i k_j exp(G_i - G_j)`` to qk, and k's with itself to kk.
-
-    Right for i > j, and for i = j in qk; the rest is garbage.
-    """
-    d = G - reference(G, C // 2, C, BK)
-    if tl.max(tl.max(tl.abs(d), axis=1), axis=0) < LIMIT:
-        up = tl.exp(d)
-        down = tl.trans((k * tl.exp(-d)).to(k.dtype))
-        qk += tl.dot((q * up).to(k.dtype), down, input_precision=PRECISION)
+def _exact_scores(
+    q, k, G, qk, kk, DELTA: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Add these channels' ``sum_d q_i k_j exp(G_i - G_j)`` to qk, and k's with itself to kk."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    same = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
+    qk += tl.where(i == j, same[:, None], 0.0)
+    S = 1
+    while S < C:
+        f = tl.exp(-tl.abs(G - reference(G, S, C, BK)))
+        kf = (k * f).to(k.dtype)
+        keep = halves(S, C, 0)
+        s = tl.dot((q * f).to(k.dtype), tl.trans(kf), input_precision=PRECISION)
+        qk += tl.where(keep, s, 0.0)
         if DELTA:
-            kk += tl.dot((k * up).to(k.dtype), down, input_precision=PRECISION)
-    else:
-        i = tl.arange(0, C)[:, None]
-        j = tl.arange(0, C)[None, :]
-        same = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)
-        qk += tl.where(i == j, same[:, None], 0.0)
-        S = 1
-        while S < C:
-            f = tl.exp(-tl.abs(G - reference(G, S, C, BK)))
-            kf = (k * f).to(k.dtype)
-            keep = halves(S, C, 0)
-            s = tl.dot((q * f).to(k.dtype), tl.trans(kf), input_precision=PRECISION)
-            qk += tl.where(keep, s, 0.0)
-            if DELTA:
-                s = tl.dot(kf, tl.trans(kf), input_precision=PRECISION)
-                kk += tl.where(keep, s, 0.0)
-            S *= 2
+            s = tl.dot(kf, tl.trans(kf), input_precision=PRECISION)
+            kk += tl.where(keep, s, 0.0)
+        S *= 2
     return qk, kk
 
 
 @triton.jit(do_not_specialize=SIZES)
 def prepare(
-    Q, K_, G_, BETA, TABLE, SCRATCH, A, P, W, QG, KG, GC,
+    Q, K_, G_, BETA, TABLE, FLAG, SCRATCH, A, M, P, W, QG, KG, GS,
     scale, T, H, HQ, HK, HD, HB,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, LIMIT: tl.constexpr,
-    PRECISION: tl.constexpr, INVERSE: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, STRONG: tl.constexpr,
+    BACK: tl.constexpr, LIMIT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """BACK also writes P."""
     index = tl.program_id(0)
     h = tl.program_id(1)
     first, end, _, _, _, chunk = segment(TABLE, index, T, C, C, PACKED)
     left = end - first
-    if left > 0:
-        hk = h * HK // H
+    at = chunk.to(tl.int64) * H + h
+    wanted = left > 0
+    if STRONG:
+        wanted = wanted & (tl.load(FLAG + at) != 0)
+    if wanted:
+        hq, hk, hd = h * HQ // H, h * HK // H, h * HD // H
+        kind = K_.dtype.element_ty
         i = tl.arange(0, C)[:, None]
         j = tl.arange(0, C)[None, :]
-        kk = tl.zeros([C, C], tl.float32)
         qk = tl.zeros([C, C], tl.float32)
+        kk = tl.zeros([C, C], tl.float32)
+        span = 0.0
         for column in range(0, K, BK):
+            q = tile(Q, first, left, HQ, hq, column, K, C, BK)
             k = tile(K_, first, left, HK, hk, column, K, C, BK)
             if DECAY == CHANNEL:
-                q = tile(Q, first, left, HQ, h * HQ // H, column, K, C, BK)
-                g = tile(G_, first, left, HD, h * HD // H, column, K, C, BK)
-                G = tl.cumsum(g, axis=0)
-                total = tl.sum(g, axis=0)
-                qk, kk = _scores(q, k, G, qk, kk, LIMIT, DELTA, C, BK, PRECISION)
-                put(QG, q * tl.exp(G) * scale, first, left, H, h, column, K, C, BK)
-                put(KG, k * tl.exp(total[None, :] - G), first, left, H, h, column, K, C, BK)
+                g = tile(G_, first, left, HD, hd, column, K, C, BK)
+                G = summed(g, C)
+                middle = tl.sum(tl.where(i < C // 2, g, 0.0), axis=0)
+                total = middle + tl.sum(tl.where(i < C // 2, 0.0, g), axis=0)
+                if STRONG:
+                    qk, kk = _exact_scores(q, k, G, qk, kk, DELTA, C, BK, PRECISION)
+                    qg = q * (tl.exp(G) * scale)
+                    kg = k * tl.exp(total[None, :] - G)
+                    kw = k * tl.exp(G)
+                else:
+                    d = G - middle[None, :]
+                    span = tl.maximum(span, tl.max(tl.max(tl.abs(d), axis=1), axis=0))
+                    qg = q * tl.exp(d)
+                    kg = k * tl.exp(-d)
+                    down = tl.trans(kg.to(kind))
+                    qk = tl.dot(qg.to(kind), down, qk, input_precision=PRECISION)
+                    rise = tl.exp(middle)[None, :]
+                    if DELTA:
+                        kw = k * tl.exp(d)
+                        kk = tl.dot(kw.to(kind), down, kk, input_precision=PRECISION)
+                        kw *= rise
+                    qg *= rise * scale
+                    kg *= tl.exp(total - middle)[None, :]
+                put_block(QG, qg, chunk, H, h, column, K, C, BK)
+                put_block(KG, kg, chunk, H, h, column, K, C, BK)
+                if DELTA:
+                    put_block(W, kw, chunk, H, h, column, K, C, BK)
                 c = column + tl.arange(0, BK)
-                tl.store(GC + (chunk.to(tl.int64) * H + h) * K + c, total, mask=c < K)
+                tl.store(GS + at * K + c, total, mask=c < K)
             else:
-                kk += tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        if DECAY == CHANNEL:
-            put(A, tl.where(i >= j, qk * scale, 0.0), first, left, H, h, 0, C, C, C)
+                qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
+                if DELTA:
+                    kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
+        if DECAY == CHANNEL and not STRONG:
+            tl.store(FLAG + at, (span > LIMIT).to(tl.int32))
+        if DECAY == HEAD:
+            G1 = tl.cumsum(numbers(G_, first, left, HD, hd, C), axis=0)
+            tl.store(GS + at * C + tl.arange(0, C), G1)
+            lower = fade(G1[:, None], G1[None, :], i >= j)
+            qk *= lower
+            kk *= lower
+        put_block(A, tl.where(i >= j, qk * scale, 0.0), chunk, H, h, 0, C, C, C)
         if DELTA:
             beta = numbers(BETA, first, left, HB, h * HB // H, C)
-            weight = beta
+            scratch = SCRATCH + at * (C * 16)
+            inv = inverse(tl.where(i > j, kk * beta[:, None], 0.0), scratch, C, EXACT)
+            if BACK:
+                put_block(P, inv, chunk, H, h, 0, C, C, C)
+            inv *= beta[None, :]
+            put_block(M, inv, chunk, H, h, 0, C, C, C)
             if DECAY == HEAD:
-                G1 = tl.cumsum(numbers(G_, first, left, HD, h * HD // H, C), axis=0)
-                kk *= fade(G1[:, None], G1[None, :], i > j)
-                weight = beta * tl.exp(G1)
-            lower = tl.where(i > j, kk * beta[:, None], 0.0)
-            scratch = SCRATCH + (index.to(tl.int64) * H + h) * (C * 16)
-            inv = inverse(lower, scratch, C, INVERSE)
-            p = inv.to(P.dtype.element_ty)
-            put(P, p, first, left, H, h, 0, C, C, C)
+                inv *= tl.exp(G1)[None, :]
+            weights = (-inv).to(kind)
             for column in range(0, K, BK):
-                k = tile(K_, first, left, HK, hk, column, K, C, BK)
-                kw = k * -weight[:, None]
-                if DECAY == CHANNEL:
-                    g = tile(G_, first, left, HD, h * HD // H, column, K, C, BK)
-                    kw *= tl.exp(tl.cumsum(g, axis=0))
-                w = tl.dot(p, kw.to(p.dtype), input_precision=PRECISION)
-                put(W, w, first, left, H, h, column, K, C, BK)
+                if DECAY == CHANNEL:  # what the first loop left there
+                    k = block(W, chunk, H, h, column, K, C, BK)
+                else:
+                    k = tile(K_, first, left, HK, hk, column, K, C, BK)
+                w = tl.dot(weights, k, input_precision=PRECISION)
+                put_block(W, w, chunk, H, h, column, K, C, BK)

@@ -2,10 +2,13 @@
 
 The state stands transposed, ``[BV,K]`` in float32 registers: a program owns BV of its value
 columns. Products then take the state and the new values as their left operand, from registers.
-Per chunk, with P and W of :mod:`prepare` (D = v without the delta rule):
+Per chunk, with A, M, W, P, QG and KG of :mod:`prepare` (D = v without the delta rule):
 
-    D = P (beta v) + W S          o = QG S + A D          S <- exp(G_end) S + KG^T D
+    D = M v + W S                 o = QG S + A D          S <- exp(G_end) S + KG^T D
     dD = A^T do + KG dS           F = P^T dD              dS <- exp(G_end) dS + QG^T do + W^T dD
+
+For a decay per head QG and KG are q and k, and the factors are put on o and D. Without ``A``
+(FUSE: short sequences, no delta rule) the scores are computed here, one launch in all.
 """
 
 import triton
@@ -15,12 +18,12 @@ from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
     SIZES,
+    block,
     fade,
-    numbers,
+    gates,
     put_t,
     segment,
     tile,
-    tile_t,
 )
 
 
@@ -38,38 +41,50 @@ def _keep(HS, S, chunk, h, H, rows, columns, K: tl.constexpr, V: tl.constexpr):
     tl.store(at, S, mask=(rows[:, None] < V) & (columns[None, :] < K))
 
 
+@triton.jit
+def _operand(
+    X, GATED, t, left, heads, hx, chunk, H, h,
+    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """q or k of a chunk: the gated one that prepare wrote, or X itself."""
+    if DECAY == CHANNEL:
+        return block(GATED, chunk, H, h, 0, K, C, BK)
+    else:
+        return tile(X, t, left, heads, hx, 0, K, C, BK)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def scan(
-    Q, K_, V_, G_, BETA, A, P, W, GC, INIT, TABLE, O, D_, HS, FINAL, LOCAL, TOTAL,
-    scale, T, SIZE, H, HQ, HK, HV, HD, HB,
+    Q, K_, V_, G_, A, M, W, QG, KG, GS, INIT, TABLE, O, D_, HS, FINAL, LOCAL, TOTAL,
+    scale, T, SIZE, H, HQ, HK, HV, HD,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, HAS_INIT: tl.constexpr,
     OUTPUT: tl.constexpr, KEEP: tl.constexpr, END: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FUSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment of one head, BV columns of the state.
 
     OUTPUT writes o; KEEP the state before every chunk (HS) and, for the delta rule, D; END the
-    state after the last segment of a sequence. SPLIT starts every segment from zero and writes its
-    own final state to LOCAL, for the delta rule beside its transition (further columns, from the
-    identity), else beside its summed decay (TOTAL).
+    state after the last segment of a sequence. SPLIT starts every segment from zero (HAS_INIT then
+    says whether a state will come in) and writes its own final state to LOCAL, for the delta rule
+    beside its transition (further columns, from the identity), else beside its summed decay
+    (TOTAL).
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     links: tl.constexpr = (K + BV - 1) // BV if SPLIT and DELTA else 0
     pid = tl.program_id(0)
     h = tl.program_id(1)
     index = pid // (blocks + links)
-    block = pid % (blocks + links)
-    first, end, sequence, _, closes, chunk = segment(TABLE, index, T, SIZE, C, PACKED)
-    rows = block * BV + tl.arange(0, BV)
+    part = pid % (blocks + links)
+    first, end, sequence, opens, closes, chunk = segment(TABLE, index, T, SIZE, C, PACKED)
+    rows = part * BV + tl.arange(0, BV)
     columns = tl.arange(0, BK)
-    hq, hk, hv = h * HQ // H, h * HK // H, h * HV // H
-    hd, hb = h * HD // H, h * HB // H
+    hq, hk, hv, hd = h * HQ // H, h * HK // H, h * HV // H, h * HD // H
 
     S = tl.zeros([BV, BK], tl.float32)
     if SPLIT and DELTA:
         S = tl.where(columns[None, :] == rows[:, None] - blocks * BV, 1.0, 0.0)
-    if HAS_INIT:
+    if HAS_INIT and not SPLIT:
         at, ok = _state_at(INIT, index, h, H, rows, columns, K, V)
         S = tl.load(at, mask=ok, other=0.0)
     if DECAY == CHANNEL:
@@ -80,57 +95,60 @@ def scan(
     i = tl.arange(0, C)[None, :]
     j = tl.arange(0, C)[:, None]
     chunks = tl.cdiv(end - first, C).to(tl.int32)
+    if SPLIT and DELTA:
+        # Not needed: the last segment's own result, and the first one's transition of no state.
+        idle = closes & (part < blocks)
+        if not HAS_INIT:
+            idle = idle | (opens & (part >= blocks))
+        chunks = tl.where(idle, 0, chunks)
     for n in range(chunks):
         t = first + n * C
         left = end - t
-        k = tile(K_, t, left, HK, hk, 0, K, C, BK)
+        k = _operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY)
         kind = k.dtype
         Sd = S.to(kind)
         if KEEP:
             _keep(HS, Sd, chunk + n, h, H, rows, columns, K, V)
         # A transition's columns carry no values.
-        rest = tl.where(block < blocks, left, 0)
-        v = tile_t(V_, t, rest, HV, hv, block * BV, V, C, BV)
+        v = tl.trans(tile(V_, t, tl.where(part < blocks, left, 0), HV, hv, part * BV, V, C, BV))
         if DECAY == HEAD:
-            g = numbers(G_, t, left, HD, hd, C)
-            G = tl.cumsum(g, axis=0)
-            g_end = tl.sum(g, axis=0)
+            G, g_end = gates(G_, GS, t, left, HD, hd, chunk + n, H, h, C, FUSE)
         if DELTA:
-            beta = numbers(BETA, t, left, HB, hb, C)
-            p = tile(P, t, left, H, h, 0, C, C, C)
-            w = tile(W, t, left, H, h, 0, K, C, BK)
-            D = tl.dot((v * beta[None, :]).to(kind), tl.trans(p), input_precision=PRECISION)
+            m = block(M, chunk + n, H, h, 0, C, C, C)
+            w = block(W, chunk + n, H, h, 0, K, C, BK)
+            D = tl.dot(v, tl.trans(m), input_precision=PRECISION)
             D = tl.dot(Sd, tl.trans(w), D, input_precision=PRECISION)
             if KEEP:
-                put_t(D_, D, t, left, H, h, block * BV, V, C, BV)
+                put_t(D_, D, t, left, H, h, part * BV, V, C, BV)
             Dd = D.to(kind)
         else:
             D = v
             Dd = v
         if OUTPUT:
-            q = tile(Q, t, left, HQ, hq, 0, K, C, BK)
+            q = _operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY)
             o = tl.dot(Sd, tl.trans(q), input_precision=PRECISION)
-            if DECAY == CHANNEL:
-                a = tl.trans(tile(A, t, left, H, h, 0, C, C, C))
-            else:
+            if DECAY == HEAD:
+                o *= (tl.exp(G) * scale)[None, :]
+            elif DECAY != CHANNEL:
+                o *= scale
+            if FUSE:
                 a = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
                 if DECAY == HEAD:
-                    o *= (tl.exp(G) * scale)[None, :]
                     a *= fade(G[None, :], G[:, None], i >= j)
                 else:
-                    o *= scale
                     a = tl.where(i >= j, a, 0.0)
                 a = a.to(kind)
+            else:
+                a = tl.trans(block(A, chunk + n, H, h, 0, C, C, C))
             o = tl.dot(Dd, a, o, input_precision=PRECISION)
-            put_t(O, o, t, left, H, h, block * BV, V, C, BV)
+            put_t(O, o, t, left, H, h, part * BV, V, C, BV)
         if DECAY == HEAD:
             S *= tl.exp(g_end)
             Dd = (D * tl.exp(g_end - G)[None, :]).to(kind)
             total += g_end
         if DECAY == CHANNEL:
-            c_end = tl.load(
-                GC + ((chunk + n).to(tl.int64) * H + h) * K + columns, mask=columns < K, other=0.0
-            )
+            place = GS + ((chunk + n).to(tl.int64) * H + h) * K + columns
+            c_end = tl.load(place, mask=columns < K, other=0.0)
             S *= tl.exp(c_end)[None, :]
             total += c_end
         S = tl.dot(Dd, k, S, input_precision=PRECISION)
@@ -139,7 +157,7 @@ def scan(
         at = LOCAL + (index.to(tl.int64) * H + h) * ((blocks + links) * BV * K)
         at += rows[:, None] * K + columns[None, :]
         tl.store(at, S, mask=columns[None, :] < K)
-        if (not DELTA) and block == 0:
+        if (not DELTA) and part == 0:
             if DECAY == CHANNEL:
                 to = TOTAL + (index.to(tl.int64) * H + h) * K + columns
                 tl.store(to, total, mask=columns < K)
@@ -152,11 +170,11 @@ def scan(
 
 @triton.jit(do_not_specialize=SIZES)
 def scan_back(
-    Q, K_, G_, DO, A, P, W, GC, INIT, TABLE, OUT, HS, START, LOCAL,
+    Q, K_, G_, DO, A, P, W, QG, KG, GS, INIT, TABLE, OUT, HS, START, LOCAL,
     scale, T, SIZE, H, HQ, HK, HD,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, HAS_INIT: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, FUSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state's gradient from a segment's end to its start.
 
@@ -168,9 +186,9 @@ def scan_back(
     pid = tl.program_id(0)
     h = tl.program_id(1)
     index = pid // blocks
-    block = pid % blocks
+    part = pid % blocks
     first, end, sequence, opens, _, chunk = segment(TABLE, index, T, SIZE, C, PACKED)
-    rows = block * BV + tl.arange(0, BV)
+    rows = part * BV + tl.arange(0, BV)
     columns = tl.arange(0, BK)
     hq, hk, hd = h * HQ // H, h * HK // H, h * HD // H
 
@@ -182,31 +200,32 @@ def scan_back(
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     chunks = tl.cdiv(end - first, C).to(tl.int32)
+    if SPLIT:  # nothing comes before the first segment
+        chunks = tl.where(opens, 0, chunks)
     for m in range(chunks):
         n = chunks - 1 - m
         t = first + n * C
         left = end - t
-        q = tile(Q, t, left, HQ, hq, 0, K, C, BK)
+        q = _operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY)
         kind = q.dtype
-        do = tile_t(DO, t, left, H, h, block * BV, V, C, BV)
+        do = tl.trans(tile(DO, t, left, H, h, part * BV, V, C, BV))
         if DECAY == HEAD:
-            g = numbers(G_, t, left, HD, hd, C)
-            G = tl.cumsum(g, axis=0)
-            g_end = tl.sum(g, axis=0)
+            G, g_end = gates(G_, GS, t, left, HD, hd, chunk + n, H, h, C, FUSE)
         if (not SPLIT) or DELTA:
-            k = tile(K_, t, left, HK, hk, 0, K, C, BK)
+            k = _operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY)
             dSd = dS.to(kind)
             dD = tl.dot(dSd, tl.trans(k), input_precision=PRECISION)
-            if DECAY == CHANNEL:
-                a = tile(A, t, left, H, h, 0, C, C, C)
-            else:
+            if DECAY == HEAD:
+                dD *= tl.exp(g_end - G)[None, :]
+            if FUSE:
                 a = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
                 if DECAY == HEAD:
-                    dD *= tl.exp(g_end - G)[None, :]
                     a *= fade(G[:, None], G[None, :], i >= j)
                 else:
                     a = tl.where(i >= j, a, 0.0)
                 a = a.to(kind)
+            else:
+                a = block(A, chunk + n, H, h, 0, C, C, C)
             dD = tl.dot(do, a, dD, input_precision=PRECISION)
             if not SPLIT:
                 _keep(HS, dSd, chunk + n, h, H, rows, columns, K, V)
@@ -214,28 +233,24 @@ def scan_back(
             dS *= tl.exp(g_end)
             do = (do * (tl.exp(G) * scale)[None, :]).to(kind)
         elif DECAY == CHANNEL:
-            c_end = tl.load(
-                GC + ((chunk + n).to(tl.int64) * H + h) * K + columns, mask=columns < K, other=0.0
-            )
-            dS *= tl.exp(c_end)[None, :]
+            place = GS + ((chunk + n).to(tl.int64) * H + h) * K + columns
+            dS *= tl.exp(tl.load(place, mask=columns < K, other=0.0))[None, :]
         else:
             do = (do * scale).to(kind)
         dS = tl.dot(do, q, dS, input_precision=PRECISION)
         if DELTA:
             dDd = dD.to(kind)
-            w = tile(W, t, left, H, h, 0, K, C, BK)
+            w = block(W, chunk + n, H, h, 0, K, C, BK)
             dS = tl.dot(dDd, w, dS, input_precision=PRECISION)
             if not SPLIT:
-                p = tile(P, t, left, H, h, 0, C, C, C)
+                p = block(P, chunk + n, H, h, 0, C, C, C)
                 F = tl.dot(dDd, p, input_precision=PRECISION)
-                put_t(OUT, F, t, left, H, h, block * BV, V, C, BV)
+                put_t(OUT, F, t, left, H, h, part * BV, V, C, BV)
         elif not SPLIT:
-            put_t(OUT, dD, t, left, H, h, block * BV, V, C, BV)
+            put_t(OUT, dD, t, left, H, h, part * BV, V, C, BV)
 
     if SPLIT:
-        at = LOCAL + (index.to(tl.int64) * H + h) * (blocks * BV * K)
-        at += rows[:, None] * K + columns[None, :]
-        tl.store(at, dS, mask=columns[None, :] < K)
+        _keep(LOCAL, dS, index, h, H, rows, columns, K, V)
     else:
         at, ok = _state_at(START, sequence, h, H, rows, columns, K, V)
         tl.store(at, dS, mask=ok & (rows[:, None] < tl.where(opens, V, 0)))
@@ -243,7 +258,7 @@ def scan_back(
 
 @triton.jit(do_not_specialize=SIZES)
 def combine(
-    LOCAL, LINK, INIT, FIRST, OUT, FINAL,
+    LOCAL, LINK, INIT, FIRST, OUT,
     T, SIZE, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     LOCAL_ROWS: tl.constexpr, LINK_ROWS: tl.constexpr, LINK_ROW: tl.constexpr,
@@ -260,14 +275,14 @@ def combine(
     h = tl.program_id(1)
     blocks: tl.constexpr = (V + BV - 1) // BV
     sequence = pid // blocks
-    block = pid % blocks
+    part = pid % blocks
     if PACKED:
         low = tl.load(FIRST + sequence)
         count = tl.load(FIRST + sequence + 1) - low
     else:
         count = tl.cdiv(T, SIZE)
         low = sequence * count
-    rows = block * BV + tl.arange(0, BV)
+    rows = part * BV + tl.arange(0, BV)
     columns = tl.arange(0, BK)
     S = tl.zeros([BV, BK], tl.float32)
     if HAS_INIT:
@@ -298,6 +313,3 @@ def combine(
             S = S * tl.exp(tl.load(LINK + base)) + local
         else:
             S += local
-    if not BACK:
-        at, ok = _state_at(FINAL, sequence, h, H, rows, columns, K, V)
-        tl.store(at, S, mask=ok)
