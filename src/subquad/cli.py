@@ -388,7 +388,8 @@ def generate(
                    TimeElapsedColumn(), console=errors, transient=True)  # fmt: skip
 
     def write(piece: str) -> None:
-        bar.stop()
+        if bar.live.is_started:
+            bar.stop()
         print(piece, end="", flush=True)
 
     with bar:
