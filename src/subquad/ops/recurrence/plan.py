@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-SLAB = 2**17  # elements of one chunked tensor of a slab: a few of them fit the cache together
+SLAB = 2**18  # elements of one chunked tensor of a slab; smaller ones wait more for threads
 
 
 def chunk_limit(width: int) -> int:
