@@ -112,6 +112,31 @@ def test_covering_policies_on_every_model(kind, policy):
     close(got, want, 1e-6 if policy.late_rope else 1e-9)
 
 
+def test_window_layers_keep_their_window():
+    """What the model's own window hides is freed, and nothing changes by it."""
+    model, ids = tiny("Gemma3", **WINDOWED), tokens(2, 220)
+    mask = torch.ones_like(ids)
+    mask[1, :30] = 0
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask).logits[:, -1:]
+    with applied(model, Policy()) as on:
+        got, cache = read(model, on, ids[:, :213], mask[:, :213], pieces=(100, 90), new=0)
+        for t in range(213, 220):
+            places = (mask[:, : t + 1].cumsum(1) - 1)[:, -1:]
+            got = model(
+                ids[:, t : t + 1],
+                attention_mask=mask[:, : t + 1],
+                position_ids=places,
+                past_key_values=cache,
+            ).logits
+    # Without position_ids the model counts padding too, and float32 rotations round otherwise.
+    close(got, want, 1e-6)
+    slides, whole = cache.held
+    assert whole.keys.shape[1] == slides.get_seq_length() == 220
+    assert slides.keys.shape[1] < 9 + 64
+    assert slides.nbytes < whole.nbytes / 2
+
+
 def test_exception_restores():
     model, ids = tiny(), tokens()
     before = model.config._attn_implementation

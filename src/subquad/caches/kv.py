@@ -47,6 +47,11 @@ class Rows:
         """Hold ``x [B,S,...]`` and nothing else; what was held is freed."""
         self._memory, self.length = x.contiguous(), x.shape[1]
 
+    def drop(self, n: int) -> None:
+        """Free the first ``n``."""
+        if n > 0:
+            self.replace(self.data[:, n:].clone())
+
     def select(self, rows: Tensor) -> None:
         """Keep the batch rows ``rows``, in that order."""
         if self._memory is not None:
@@ -57,6 +62,10 @@ class KVLayer(CacheLayerMixin):
     """Every key and value, in memory that grows by an eighth; the base of the other layers.
 
     ``update`` returns the *new* keys and values only; a policy reads the past from the layer.
+
+    Args:
+        window: of the model's own, outside which no later token sees: an eighth more at most is
+            kept (and a prompt, until the token after it).
 
     Attributes:
         seen: columns fed, padding included, whatever is still held; the positions of new tokens
@@ -70,8 +79,9 @@ class KVLayer(CacheLayerMixin):
     _keys: Rows
     _values: Rows
 
-    def __init__(self) -> None:
+    def __init__(self, window: int | None = None) -> None:
         super().__init__()
+        self._window = window
         self._clear()
 
     def _clear(self) -> None:
@@ -126,6 +136,11 @@ class KVLayer(CacheLayerMixin):
 
     def store(self, k: Tensor, v: Tensor) -> None:
         """Keep the new ``k [B,T,G,K]`` and ``v [B,T,G,V]``, which ``seen`` counts already."""
+        if self._window is not None:
+            over = self._keys.length - (self._window - 1)
+            if over > max(64, self._window // 8):
+                self._keys.drop(over)
+                self._values.drop(over)
         self._keys.append(k)
         self._values.append(v)
 
@@ -133,8 +148,9 @@ class KVLayer(CacheLayerMixin):
         """Row ``b`` without its padding, as a plain layer that shares this one's memory."""
         alone, start = KVLayer(), (self.starts or [0] * (b + 1))[b]
         alone.seen = self.seen - start
-        alone._keys = Rows(self.keys[b : b + 1, start:])
-        alone._values = Rows(self.values[b : b + 1, start:])
+        dropped = self.seen - self.keys.shape[1]
+        alone._keys = Rows(self.keys[b : b + 1, max(start - dropped, 0) :])
+        alone._values = Rows(self.values[b : b + 1, max(start - dropped, 0) :])
         return alone
 
     def get_seq_length(self) -> int:

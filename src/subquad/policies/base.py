@@ -112,12 +112,13 @@ class Call:
         if self.site.window is not None:
             m = m & masks.window(self.site.window - 1, 0)
         if self.real is not None:
-            m = m & masks.documents(torch.where(self.real, 0, -1))
+            held = self.real[:, -self.layer.keys.shape[1] :]
+            m = m & masks.documents(torch.where(held, 0, -1))
         return m
 
     def attend(self, m: Mask | None = None) -> Tensor:
         """Attend to those of the layer's keys that the model and ``m`` let be seen, and count
-        them: ``o [B,T,H,V]``. The layer must hold every key."""
+        them: ``o [B,T,H,V]``. The layer must hold its keys in order."""
         m = self.mask() if m is None else self.mask() & m
         if self.tally is not None:
             shape = self.q.shape[1], self.layer.keys.shape[1]
@@ -200,8 +201,8 @@ class Policy:
         """Refuse, with a ValueError, a model that this policy cannot serve."""
 
     def layer(self, site: Site) -> KVLayer:
-        """A fresh cache layer for ``site``; all keys and values by default."""
-        return KVLayer()
+        """A fresh cache layer for ``site``; by default all keys and values that the model sees."""
+        return KVLayer(site.window)
 
     def prefill(self, call: Call) -> Tensor:
         """Attention of a prompt, or a further piece of one (T > 1): ``o [B,T,H,V]``."""

@@ -55,7 +55,7 @@ class Quest(Policy):
     def layer(self, site: Site) -> KVLayer:
         default = 2 if self.variant == "original" else 0
         dense = default if self.dense_layers is None else self.dense_layers
-        return KVLayer() if site.index < dense else PagedLayer(self.page)
+        return KVLayer(site.window) if site.index < dense else PagedLayer(self.page)
 
     def decode(self, call: Call) -> Tensor:
         layer = call.layer
