@@ -126,10 +126,10 @@ class Gated(Plain):
     def gradients(self, A, dA, dreads, dwrites, S, dS):
         drows, dk, db = self._pair_gradients(A, dA)
         # b_i gates what i reads from S, exp(b_c - b_i) what it writes, exp(b_c) S itself.
-        db.add_(self._apart(dreads * self.reads).sum(1).sum_to_size(db.shape))
-        writes = (dwrites * self.writes).sum_to_size(db.shape)
-        whole = (S * dS).sum(2, keepdim=True).sum_to_size(self.whole.shape) * self.whole
-        db.sub_(writes)[:, -1:].add_(writes.sum(1, keepdim=True)).add_(whole.mT)
+        db.add_(self._apart(self._shared(dreads * self.reads)).sum(1))
+        writes = self._shared(dwrites * self.writes)
+        whole = self._shared((S * dS).sum(2)[:, None]) * self.whole.mT
+        db.sub_(writes)[:, -1:].add_(writes.sum(1, keepdim=True)).add_(whole)
         self._apart(drows).addcmul_(self._apart(dreads), self.start[:, None])
         dk.addcmul_(dwrites, self.end)
         return drows, dk, db.flip(1).cumsum(1).flip(1)
@@ -137,6 +137,10 @@ class Gated(Plain):
     def _apart(self, rows: Tensor) -> Tensor:
         """``[X,r c,K]`` as ``[X,r,c,K]``."""
         return rows.view(-1, self.kinds, self.c, rows.shape[2])
+
+    def _shared(self, t: Tensor) -> Tensor:
+        """The sum over the channels that share a gate, ``[X,.,K]`` to ``[X,.,D]``."""
+        return t.sum(2, keepdim=True) if self.start.shape[2] == 1 else t
 
     def _build(self) -> None:
         """Make the start and the end of the whole chunk by doubling."""
@@ -164,7 +168,7 @@ class Head(Gated):
         # A pair's b_i - b_j gets dA A; on the diagonal it is 0, whatever the rounding.
         flow = A * dA
         flow[:, : self.c].diagonal(dim1=1, dim2=2).zero_()
-        db = self._apart(flow).sum((1, 3)).sub_(flow.sum(1))[..., None]
+        db = flow.sum(2).view(-1, self.kinds, self.c).sum(1).sub_(flow.sum(1))[..., None]
         self._weigh(dA)
         return torch.bmm(dA, self.k), torch.bmm(dA.mT, self.rows), db
 
