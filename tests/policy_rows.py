@@ -8,6 +8,7 @@ import torch
 
 import cache_definitions
 import hip_definition
+import longheads_definition
 import prefill_definitions
 from policy_kit import Row, masked, rotate
 from subquad.policies.block_topk import BlockTopK
@@ -214,4 +215,5 @@ ROWS = [
     ),
     *cache_definitions.ROWS,
     *hip_definition.ROWS,
+    *longheads_definition.ROWS,
 ]

@@ -8,6 +8,7 @@ _HOMES = {
     "BlockTopK": "subquad.policies.block_topk",
     "FlexPrefill": "subquad.policies.flexprefill",
     "HiP": "subquad.policies.hip",
+    "LongHeads": "subquad.policies.longheads",
     "Policy": "subquad.policies.base",
     "Quest": "subquad.policies.quest",
     "SnapKV": "subquad.policies.snapkv",
