@@ -154,6 +154,8 @@ def test_packed(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [64, 96, 128, 192, 256])
 def test_head_dims(width, dtype):
+    if dtype == torch.float32 and width > 128:
+        pytest.skip("in float32 the torch form takes these")
     check(mask.causal() & (mask.window(70) | mask.sinks(4)), dtype, K=width, V=width, H=4, G=2)
     index = listed(rising(5, (2, 5, 3)))
     check(mask.blocks(index, 64) & mask.causal(), dtype, K=width, V=width, H=4, G=2)

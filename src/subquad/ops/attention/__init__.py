@@ -42,8 +42,9 @@ def _triton(request: Request) -> tuple[bool, str]:
         return False, "needs a CUDA GPU, or TRITON_INTERPRET=1"
     if request.dtype not in (float16, bfloat16, float32):
         return False, f"computes in float32, not for {request.dtype}"
-    if max(sizes["K"], sizes["V"]) > 256:
-        return False, "head dims up to 256"
+    widest = 128 if request.dtype == float32 else 256
+    if max(sizes["K"], sizes["V"]) > widest:
+        return False, f"head dims up to {widest} in {request.dtype}"
     if 0 in sizes.values():
         return False, "nothing to compute"
     if sizes["T"] <= FEW and "mask:chosen" not in request.traits:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
-import torch
 from torch import Tensor
 
 from subquad import mask as masks
@@ -98,12 +98,8 @@ def _orders(mask: Neighborhood) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=256)
 def best_tile(axes: tuple[Axis, ...], device: str) -> tuple[int, ...] | None:
     """The tile to sort the tokens by, None where row-major order does as well."""
-    mask = Neighborhood(axes)
-    if mask.tokens < LEAST:
+    if prod(axis.length for axis in axes) < LEAST:
         return None
     tile = TILES.get(device, TILES["cuda"])[len(axes)]
-    size = int(torch.tensor(tile).prod())
-    left = mask.tiles(mask.tokens, mask.tokens, size)
-    sorted_ = simulate(axes, tile)
-    gain = len(left.column) / left.rows / sorted_.mean
-    return tile if gain >= GAIN else None
+    left, sorted_ = simulate(axes, tile, mode="flat"), simulate(axes, tile)
+    return tile if left.mean >= GAIN * sorted_.mean else None

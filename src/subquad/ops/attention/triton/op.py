@@ -135,12 +135,14 @@ class Launch:
 def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, offset: int) -> Launch:
     (B, T, H, K), (S, G), V = q.shape, k.shape[1:3], v.shape[3]
     chosen = masks.choice(mask)
+    # Programs of float32 hold fewer rows: a tile's operands must fit in shared memory.
+    most = MOST_ROWS if q.dtype.itemsize == 2 else SMALL_TILE
     if chosen is None:
-        block = _tile(mask, T, S, offset)
+        block = _tile(mask, T, S, offset) if most == MOST_ROWS else SMALL_TILE
         index = of_mask(mask, T, S, block, offset, q.device)
     else:
         index = of_choice(*chosen, S, offset, q.device)
-    BQ, HG = _shape(index, H, G)
+    BQ, HG = _shape(index, H, G, most)
     return Launch(index, B, T, S, H, G, K, V, offset, q.dtype, BQ, HG)
 
 
@@ -155,12 +157,12 @@ def _tile(mask: Mask, T: int, S: int, offset: int) -> int:
     return TILE if tiles.area >= WELL_FILLED * computed * TILE**2 else SMALL_TILE
 
 
-def _shape(index: Index, H: int, G: int) -> tuple[int, int]:
+def _shape(index: Index, H: int, G: int, most: int) -> tuple[int, int]:
     """Queries and heads of a program: heads of a group join where they share lists of few rows."""
-    BQ = next(n for n in range(min(index.per_row, MOST_ROWS), 0, -1) if index.per_row % n == 0)
+    BQ = next(n for n in range(min(index.per_row, most), 0, -1) if index.per_row % n == 0)
     share, HG = H // G, 1
     if G % index.shape[1] == 0 and BQ < SMALL_TILE:
-        HG = next(n for n in range(share, 0, -1) if share % n == 0 and n * BQ <= MOST_ROWS)
+        HG = next(n for n in range(share, 0, -1) if share % n == 0 and n * BQ <= most)
     return BQ, HG
 
 
