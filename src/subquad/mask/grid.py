@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any
 
@@ -179,14 +179,16 @@ class Neighborhood(Mask):
         return any_, all_
 
     def _signature(self, rect):
+        return (
+            self._signature_in_rows(rect) if self.tile is None else self._signature_in_tiles(rect)
+        )
+
+    def _signature_in_rows(self, rect):
         """On an axis where nothing is clamped or wraps, only the distance matters, and the query's
         phase in stride and dilation; elsewhere the two places themselves."""
         p0, p1, j0, j1 = rect
-        columns, n = [], len(self.axes)
+        columns = []
         runs = [a & b for (*_, a), (*_, b) in zip(self._ranges(p0, p1), self._ranges(j0, j1))]
-        if self.tile is not None:
-            columns = [p0 % prod(self.tile), j0 % prod(self.tile)]
-            runs = runs[2 * n :]
         boxes = zip(self.axes, runs, self._boxes(p0, p1), self._boxes(j0, j1))
         firsts = zip(self.members(p0), self.members(j0))
         for (axis, run, p, j), ((pg, pi), (jg, ji)) in zip(boxes, firsts):
@@ -196,6 +198,43 @@ class Neighborhood(Mask):
             phase = c % (axis.dilation * axis.stride)
             columns += [free, torch.where(free, c - k, c), torch.where(free, phase, k)]
         return columns
+
+    def _signature_in_tiles(self, rect):
+        """Inside one tile each: the places in the tiles, and each axis's pattern of the two."""
+        p0, p1, j0, j1 = rect
+        assert self.tile is not None
+        size = prod(self.tile)
+        inside = (p0 // size == p1 // size) & (j0 // size == j1 // size)
+        columns = [torch.where(inside, x % size, -1 - x) for x in (p0, j0)]
+        firsts = zip(self.axes, self.tile, self.members(p0), self.members(j0))
+        for axis, side, (pg, pi), (jg, ji) in firsts:
+            known = _patterns(axis, side)
+            u, v = (i // side % known.shape[1] for i in (pi, ji))
+            same = known[pg % axis.dilation, u, v]
+            columns.append(torch.where(inside & (pg == jg), same, -1))
+        return columns
+
+
+@lru_cache(maxsize=64)
+def _patterns(axis: Axis, side: int) -> Tensor:
+    """Equal numbers for equal patterns of a tile of queries and one of keys on an axis, of one
+    dilation group: int64 ``[groups, tiles, tiles]``."""
+    longest = -(-axis.length // axis.dilation)
+    tiles = -(-longest // side)
+    i, lead = torch.arange(tiles * side), side * torch.arange(tiles)
+    kinds: dict[tuple[int, ...], int] = {}
+    numbers = []
+    for group in torch.arange(axis.dilation):
+        n = axis.members(group)
+        start, end = (torch.where(i < n, x, 0).view(tiles, side) for x in axis.keys(i, n))
+        end = end.minimum(n)
+        # What a tile of keys shows of each window: its bounds, counted from the tile's start.
+        bounds = [(x[:, None] - lead[:, None]).clamp(0, side) for x in (start, end)]
+        empty = bounds[0] >= bounds[1]
+        shown = torch.cat([x.masked_fill(empty, 0) for x in bounds], -1)
+        rows = map(tuple, shown.flatten(0, 1).tolist())
+        numbers.append([kinds.setdefault(row, len(kinds)) for row in rows])
+    return torch.tensor(numbers).view(axis.dilation, tiles, tiles)
 
 
 def axes(

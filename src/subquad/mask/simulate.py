@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd, prod
+from math import prod
 
 import torch
 
@@ -78,7 +78,7 @@ def simulate(
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
     if mode == "flat":
-        visits = _flat(Neighborhood(tuple(axes)), prod(query_tile), prod(key_tile))
+        visits = _flat(axes, prod(query_tile), prod(key_tile))
         dense = -(-prod(a.length for a in axes) // prod(key_tile))
     else:
         per_axis = [_visits(*of, mode) for of in zip(axes, query_tile, key_tile)]
@@ -121,10 +121,40 @@ def _visits(axis: Axis, queries: int, keys: int, mode: str) -> torch.Tensor:
     return torch.cat(counts)
 
 
-def _flat(mask: Neighborhood, queries: int, keys: int) -> torch.Tensor:
-    """Tiles of keys for each run of queries of the row-major sequence."""
-    common = gcd(queries, keys)
-    tiles = mask.tiles(mask.tokens, mask.tokens, common)
-    row = torch.repeat_interleave(torch.arange(tiles.rows), tiles.ptr.diff())
-    pairs = torch.stack([row // (queries // common), tiles.column // (keys // common)], 1)
-    return pairs.unique(dim=0)[:, 0].bincount()
+def _flat(axes: Sequence[Axis], queries: int, keys: int) -> torch.Tensor:
+    """Tiles of keys for each run of queries of the row-major sequence.
+
+    Runs are cut where the last axis ends; two pieces meet where their places on the other axes see
+    each other and any two of their coordinates on the last axis do.
+    """
+    run_q, lead_q, a, b = _pieces(axes, queries)
+    run_k, lead_k, c, d = _pieces(axes, keys)
+    sums = _dense(axes[-1]).int().cumsum(0).cumsum(1)
+    sums = torch.nn.functional.pad(sums, (1, 0, 1, 0))
+    count = -(-prod(axis.length for axis in axes) // keys)
+    visits = torch.zeros(int(run_q[-1]) + 1, count, dtype=torch.bool)
+    for i in torch.arange(len(run_q)).split(256):
+        high, low = b[i, None] + 1, a[i, None]
+        meet = sums[high, d + 1] - sums[low, d + 1] - sums[high, c] + sums[low, c] > 0
+        for axis, p, j in zip(axes, lead_q, lead_k):
+            meet &= _dense(axis)[p[i, None], j]
+        row, column = meet.nonzero(as_tuple=True)
+        visits[run_q[i][row], run_k[column]] = True
+    return visits.sum(1)
+
+
+def _dense(axis: Axis) -> torch.Tensor:
+    return Neighborhood((axis,)).dense(axis.length, axis.length)
+
+
+def _pieces(axes: Sequence[Axis], size: int):
+    """Runs of ``size`` tokens cut at the ends of the last axis: each piece's run, its coordinates
+    on the other axes, and its first and last one on the last."""
+    tokens, last = prod(axis.length for axis in axes), axes[-1].length
+    start = torch.cat([torch.arange(0, tokens, size), torch.arange(0, tokens, last)]).unique()
+    end = torch.cat([start[1:], torch.tensor([tokens])])
+    lead, row = [], start // last
+    for axis in reversed(axes[:-1]):
+        lead.append(row % axis.length)
+        row = row // axis.length
+    return start // size, lead[::-1], start % last, (end - 1) % last
