@@ -24,6 +24,9 @@ html_title = f"subquad {release}"
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 
+# Two classes may share an attribute's name; a word that could mean either stays a plain word.
+suppress_warnings = ["ref.python"]
+
 autosummary_generate = True
 # Only what a module defines: what it passes on stands on the page of its home.
 autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True}
@@ -32,6 +35,7 @@ autodoc_typehints = "signature"
 # Hugging Face's own docstrings are not ours to render.
 autodoc_inherit_docstrings = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # a field list: a property of the same name is not described twice
 napoleon_custom_sections = [("Class attributes", "Attributes")]
 
 _SECTION = re.compile(r"(Args|Attributes|Class attributes|Returns|Raises|Yields|Notes?|Examples?):")

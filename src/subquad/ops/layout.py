@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -26,4 +27,4 @@ def expand_heads(q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Te
 def segments(cu_seqlens: Tensor) -> Iterator[slice]:
     """The slices of the packed sequences that ``cu_seqlens [N+1]`` bounds."""
     bounds = cu_seqlens.tolist()
-    return (slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    return (slice(a, b) for a, b in pairwise(bounds))
