@@ -86,7 +86,9 @@ def list_(
 def show(
     key: Annotated[str, typer.Argument(help="A key of the catalogue.")],
     option: Annotated[str, typer.Option(help="Options of the mixer, name=value,...")] = "",
-    dim: Annotated[int, typer.Option(help="The model width that the costs are for.")] = 1024,
+    dim: Annotated[
+        int | None, typer.Option(help="The width that the costs are for; 1024 where it fits.")
+    ] = None,
 ) -> None:
     """The card of a system, what it costs, and its page."""
     from rich.markdown import Markdown
@@ -115,7 +117,7 @@ def show(
         console.print(Markdown(page.read_text()))
 
 
-def _costs(card: System, option: str, dim: int) -> Any:
+def _costs(card: System, option: str, dim: int | None) -> Any:
     """What one layer costs over the length, by the mixer's own formulas."""
     import torch
     from rich.table import Table
@@ -123,6 +125,11 @@ def _costs(card: System, option: str, dim: int) -> Any:
     import subquad
     from subquad.bench import spec, units
 
+    if dim is None:  # a mixer of six heads has no default at 1024
+        try:
+            return _costs(card, option, 1024)
+        except ValueError:
+            return _costs(card, option, 768)
     with torch.device("meta"):
         mixer = subquad.create_mixer(card.key, dim=dim, **spec.options(option))
     title = f"one layer of width {dim}, bfloat16, one sequence"
