@@ -102,7 +102,7 @@ def test_explain_says_who_runs():
     [
         (("list", "--kind", "mixr"), "mixer"),
         (("show", "gated_delta"), "gated_deltanet"),
-        (("show", "gla", "--option", "heads=3"), "heads"),
+        (("show", "gla", "--option", "heads=7"), "heads"),
         (("explain", "attentoin", "--shape", "T=1"), "attention"),
         (("explain", "recurrence", "--shape", "T=64,H=2,K=8,Q=3"), "Q"),
         (("explain", "recurrence", "--shape", "T64"), "name=value"),
