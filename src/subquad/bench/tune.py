@@ -23,7 +23,7 @@ from subquad.ops.backend import backend
 from subquad.ops.recurrence import recurrence
 from subquad.ops.recurrence.triton import configs
 
-TUNED = ("prepare", "scan", "scan_back", "grads")
+TUNED = ("prepare", "scan", "scan_back", "score_grads", "grads")
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -31,14 +31,15 @@ def candidates(kernel: str, K: int, V: int, itemsize: int) -> Iterator[dict[str,
     """The configurations worth trying for one kernel."""
     k, v = configs.key_width(K), configs.key_width(V)
     if kernel == "prepare":
-        tried = [{"BK": b, "num_warps": w} for b, w in ((64, 4), (64, 8), (128, 8))]
+        tried = [{"BK": 64, "num_warps": w} for w in (4, 8)]
+    elif kernel == "score_grads":
+        tried = [{"BV": 64, "num_warps": w, "num_stages": s} for w, s in ((4, 1), (4, 2), (8, 1))]
     elif kernel == "grads":
-        blocks = ((64, 64, 4), (64, 64, 8), (128, 64, 8), (64, 128, 8), (32, 64, 4))
-        tried = [{"BK": a, "BV": b, "num_warps": w} for a, b, w in blocks]
+        tried = [{"BK": 64, "BV": 64, "num_warps": w, "num_stages": s}
+                 for w, s in ((4, 1), (4, 2), (8, 1), (8, 2))]  # fmt: skip
     else:
-        few = [(b, 4, s) for b in (32, 64) for s in (1, 2, 3)]
-        many = [(64, 8, 2), (128, 8, 1), (128, 8, 2)]
-        tried = [{"BV": b, "num_warps": w, "num_stages": s} for b, w, s in few + many]
+        blocks = [(32, 4, 2), (32, 4, 3), (64, 4, 2), (64, 4, 3), (64, 8, 2), (128, 8, 2)]
+        tried = [{"BV": b, "num_warps": w, "num_stages": s} for b, w, s in blocks]
     for config in tried:
         if config.get("BK", 0) <= k and config.get("BV", 0) <= v:
             yield {"num_stages": 1, **config}

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 Config = Mapping[str, int]
-KERNELS = ("prepare", "scan", "scan_back", "combine", "grads", "step", "decode")
+KERNELS = ("prepare", "scan", "scan_back", "combine", "score_grads", "grads", "step", "decode")
 _forced: dict[str, Config] = {}  # of the process: the backward pass runs in other threads
 
 
@@ -106,6 +106,8 @@ def safe(kernel: str, *, K: int, V: int, itemsize: int) -> Config:
     if kernel in ("scan", "scan_back"):
         BV = min(v, 32 if small else 64)
         return {"BV": BV, "num_warps": 8 if small else 4, "num_stages": 1}
+    if kernel == "score_grads":
+        return {"BV": 64, "num_warps": 4, "num_stages": 1}
     if kernel == "grads":
         return {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1}
     if kernel == "combine":

@@ -111,19 +111,23 @@ def put_block(
 
 
 @triton.jit
-def gates(
-    G_, GS, t, left, HD, hd, chunk, H, h, C: tl.constexpr, FUSE: tl.constexpr
-):  # fmt: skip
-    """A chunk's G ``[C]`` and its end, for a decay per head."""
+def gates(G_, GS, t, left, HD, hd, chunk, H, h, C: tl.constexpr, FUSE: tl.constexpr):
+    """For a decay per head: a chunk's G, exp(G), exp(G_end - G), each ``[C]``, and exp(G_end)."""
     if FUSE:
         g = numbers(G_, t, left, HD, hd, C)
         G = tl.cumsum(g, axis=0)
         end = tl.sum(g, axis=0)
+        rise = tl.exp(G)
+        fall = tl.exp(end - G)
+        whole = tl.exp(end)
     else:
-        at = GS + (chunk.to(tl.int64) * H + h) * C
-        G = tl.load(at + tl.arange(0, C))
-        end = tl.load(at + C - 1)
-    return G, end
+        at = GS + (chunk.to(tl.int64) * H + h) * (3 * C)
+        r = tl.arange(0, C)
+        G = tl.load(at + r)
+        rise = tl.load(at + C + r)
+        fall = tl.load(at + 2 * C + r)
+        whole = tl.load(at + 2 * C - 1)
+    return G, rise, fall, whole
 
 
 @triton.jit
@@ -133,12 +137,32 @@ def fade(G_row, G_col, keep):
 
 
 @triton.jit
-def summed(g, C: tl.constexpr):
-    """The sums ``G_i = g_0 + .. + g_i`` over the rows of ``g [C,BK]``, by a product: in registers
-    a sum over rows goes through many more instructions."""
+def summed(g, C: tl.constexpr, EXACT: tl.constexpr):
+    """The sums ``G_i = g_0 + .. + g_i`` over the rows of a log decay ``g [C,BK]``, by a product: in
+    registers a sum over rows takes many more instructions. g goes in as two float16, 22 bits."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    return tl.dot(tl.where(i >= j, 1.0, 0.0), g, input_precision="tf32x3")
+    if EXACT:
+        return tl.dot(tl.where(i >= j, 1.0, 0.0), g, input_precision="tf32x3")
+    ones = tl.where(i >= j, 1.0, 0.0).to(tl.float16)
+    g = tl.maximum(g, -30000.0)  # within float16; exp() of it is 0
+    high = g.to(tl.float16)
+    low = (g - high.to(tl.float32)).to(tl.float16)
+    return tl.dot(ones, low, tl.dot(ones, high))
+
+
+@triton.jit
+def summed_back(x, kind: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
+    """``x_i + .. + x_{C-1}`` over the rows of a gradient ``x [C,BK]``, which goes in as two of
+    ``kind``."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    ones = tl.where(i <= j, 1.0, 0.0).to(kind)
+    if EXACT:
+        return tl.dot(ones, x, input_precision="tf32x3")
+    high = x.to(kind)
+    low = (x - high.to(tl.float32)).to(kind)
+    return tl.dot(ones, low, tl.dot(ones, high))
 
 
 @triton.jit
@@ -149,19 +173,19 @@ def reference(G, S, C: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
-def halves(S, C: tl.constexpr, QUERY: tl.constexpr):
-    """``[C,C]``: the pairs whose query lies in the second and key in the first half of one block
-    of 2 S rows; QUERY is the axis of the queries."""
-    query = tl.expand_dims(tl.arange(0, C), 1 - QUERY)
-    key = tl.expand_dims(tl.arange(0, C), QUERY)
-    return (query // (2 * S) == key // (2 * S)) & (query % (2 * S) >= S) & (key % (2 * S) < S)
+def halves(S, C: tl.constexpr):
+    """``[C,C]``: the pairs whose i lies in the second and j in the first half of one block of 2 S
+    rows."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    return (i // (2 * S) == j // (2 * S)) & (i % (2 * S) >= S) & (j % (2 * S) < S)
 
 
 @triton.jit
 def _join(X, N, S: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
     """Join the inverses of blocks of S rows in pairs: that of ``[[A, 0], [L, B]]`` has
     ``-B^-1 L A^-1`` below its diagonal. float16 keeps as many bits as tf32, and moves half."""
-    L = tl.where(halves(S, C, 0), N, 0.0)
+    L = tl.where(halves(S, C), N, 0.0)
     if EXACT:
         return X - tl.dot(tl.dot(X, L, input_precision="tf32x3"), X, input_precision="tf32x3")
     half = X.to(tl.float16)
@@ -184,7 +208,7 @@ def inverse(N, SCRATCH, C: tl.constexpr, EXACT: tl.constexpr):
     tl.debug_barrier()
     r = tl.arange(0, 16)[None, :]
     X = tl.where(i % 16 == r, 1.0, 0.0)
-    for row in tl.static_range(1, 16):
+    for row in range(1, 16):
         n = tl.load(SCRATCH + (i // 16 * 16 + row) * 16 + r)
         x = tl.sum(n * X, axis=1)
         X = tl.where(r == row, X - x[:, None], X)

@@ -6,7 +6,8 @@ Writes, per chunk and head (rows without a token are 0):
     P = (I + N)^-1,  N = strict_lower(beta_i k_i . k_j exp(G_i - G_j))
     M = P diag(beta),  W = -M (exp(G) k)                            for the delta rule
     QG = scale exp(G) q,  KG = exp(G_end - G) k                     for a decay per channel
-    GS: G for a decay per head, G_end for one per channel
+    GS: G, exp(G), exp(G_end - G) for a decay per head; exp(G_end), exp(ref), exp(G_end - ref) for
+        one per channel
 
 A product over channels with ``exp(G_i - G_j)`` is taken from the middle of the chunk, ``exp(G_i -
 ref) exp(ref - G_j)``. Where a factor would not be representable (LIMIT), FLAG is set, and the same
@@ -48,7 +49,7 @@ def _exact_scores(
     while S < C:
         f = tl.exp(-tl.abs(G - reference(G, S, C, BK)))
         kf = (k * f).to(k.dtype)
-        keep = halves(S, C, 0)
+        keep = halves(S, C)
         s = tl.dot((q * f).to(k.dtype), tl.trans(kf), input_precision=PRECISION)
         qk += tl.where(keep, s, 0.0)
         if DELTA:
@@ -88,7 +89,7 @@ def prepare(
             k = tile(K_, first, left, HK, hk, column, K, C, BK)
             if DECAY == CHANNEL:
                 g = tile(G_, first, left, HD, hd, column, K, C, BK)
-                G = summed(g, C)
+                G = summed(g, C, EXACT)
                 middle = tl.sum(tl.where(i < C // 2, g, 0.0), axis=0)
                 total = middle + tl.sum(tl.where(i < C // 2, 0.0, g), axis=0)
                 if STRONG:
@@ -115,7 +116,10 @@ def prepare(
                 if DELTA:
                     put_block(W, kw, chunk, H, h, column, K, C, BK)
                 c = column + tl.arange(0, BK)
-                tl.store(GS + at * K + c, total, mask=c < K)
+                to = GS + at * (3 * K) + c
+                tl.store(to, tl.exp(total), mask=c < K)
+                tl.store(to + K, tl.exp(middle), mask=c < K)
+                tl.store(to + 2 * K, tl.exp(total - middle), mask=c < K)
             else:
                 qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
                 if DELTA:
@@ -123,8 +127,12 @@ def prepare(
         if DECAY == CHANNEL and not STRONG:
             tl.store(FLAG + at, (span > LIMIT).to(tl.int32))
         if DECAY == HEAD:
-            G1 = tl.cumsum(numbers(G_, first, left, HD, hd, C), axis=0)
-            tl.store(GS + at * C + tl.arange(0, C), G1)
+            g1 = numbers(G_, first, left, HD, hd, C)
+            G1 = tl.cumsum(g1, axis=0)
+            place = GS + at * (3 * C) + tl.arange(0, C)
+            tl.store(place, G1)
+            tl.store(place + C, tl.exp(G1))
+            tl.store(place + 2 * C, tl.exp(tl.sum(g1, axis=0) - G1))
             lower = fade(G1[:, None], G1[None, :], i >= j)
             qk *= lower
             kk *= lower

@@ -67,8 +67,7 @@ def scan(
     OUTPUT writes o; KEEP the state before every chunk (HS) and, for the delta rule, D; END the
     state after the last segment of a sequence. SPLIT starts every segment from zero (HAS_INIT then
     says whether a state will come in) and writes its own final state to LOCAL, for the delta rule
-    beside its transition (further columns, from the identity), else beside its summed decay
-    (TOTAL).
+    beside its transition (further columns, from the identity), else beside its decay (TOTAL).
     """
     blocks: tl.constexpr = (V + BV - 1) // BV
     links: tl.constexpr = (K + BV - 1) // BV if SPLIT and DELTA else 0
@@ -88,9 +87,9 @@ def scan(
         at, ok = _state_at(INIT, index, h, H, rows, columns, K, V)
         S = tl.load(at, mask=ok, other=0.0)
     if DECAY == CHANNEL:
-        total = tl.zeros([BK], tl.float32)
+        total = tl.full([BK], 1.0, tl.float32)
     else:
-        total = 0.0
+        total = 1.0
 
     i = tl.arange(0, C)[None, :]
     j = tl.arange(0, C)[:, None]
@@ -112,7 +111,7 @@ def scan(
         # A transition's columns carry no values.
         v = tl.trans(tile(V_, t, tl.where(part < blocks, left, 0), HV, hv, part * BV, V, C, BV))
         if DECAY == HEAD:
-            G, g_end = gates(G_, GS, t, left, HD, hd, chunk + n, H, h, C, FUSE)
+            G, rise, fall, whole = gates(G_, GS, t, left, HD, hd, chunk + n, H, h, C, FUSE)
         if DELTA:
             m = block(M, chunk + n, H, h, 0, C, C, C)
             w = block(W, chunk + n, H, h, 0, K, C, BK)
@@ -128,7 +127,7 @@ def scan(
             q = _operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY)
             o = tl.dot(Sd, tl.trans(q), input_precision=PRECISION)
             if DECAY == HEAD:
-                o *= (tl.exp(G) * scale)[None, :]
+                o *= (rise * scale)[None, :]
             elif DECAY != CHANNEL:
                 o *= scale
             if FUSE:
@@ -143,14 +142,14 @@ def scan(
             o = tl.dot(Dd, a, o, input_precision=PRECISION)
             put_t(O, o, t, left, H, h, part * BV, V, C, BV)
         if DECAY == HEAD:
-            S *= tl.exp(g_end)
-            Dd = (D * tl.exp(g_end - G)[None, :]).to(kind)
-            total += g_end
+            S *= whole
+            Dd = (D * fall[None, :]).to(kind)
+            total *= whole
         if DECAY == CHANNEL:
-            place = GS + ((chunk + n).to(tl.int64) * H + h) * K + columns
-            c_end = tl.load(place, mask=columns < K, other=0.0)
-            S *= tl.exp(c_end)[None, :]
-            total += c_end
+            place = GS + ((chunk + n).to(tl.int64) * H + h) * (3 * K) + columns
+            factor = tl.load(place, mask=columns < K, other=0.0)
+            S *= factor[None, :]
+            total *= factor
         S = tl.dot(Dd, k, S, input_precision=PRECISION)
 
     if SPLIT:
@@ -210,13 +209,13 @@ def scan_back(
         kind = q.dtype
         do = tl.trans(tile(DO, t, left, H, h, part * BV, V, C, BV))
         if DECAY == HEAD:
-            G, g_end = gates(G_, GS, t, left, HD, hd, chunk + n, H, h, C, FUSE)
+            G, rise, fall, whole = gates(G_, GS, t, left, HD, hd, chunk + n, H, h, C, FUSE)
         if (not SPLIT) or DELTA:
             k = _operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY)
             dSd = dS.to(kind)
             dD = tl.dot(dSd, tl.trans(k), input_precision=PRECISION)
             if DECAY == HEAD:
-                dD *= tl.exp(g_end - G)[None, :]
+                dD *= fall[None, :]
             if FUSE:
                 a = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
                 if DECAY == HEAD:
@@ -230,11 +229,11 @@ def scan_back(
             if not SPLIT:
                 _keep(HS, dSd, chunk + n, h, H, rows, columns, K, V)
         if DECAY == HEAD:
-            dS *= tl.exp(g_end)
-            do = (do * (tl.exp(G) * scale)[None, :]).to(kind)
+            dS *= whole
+            do = (do * (rise * scale)[None, :]).to(kind)
         elif DECAY == CHANNEL:
-            place = GS + ((chunk + n).to(tl.int64) * H + h) * K + columns
-            dS *= tl.exp(tl.load(place, mask=columns < K, other=0.0))[None, :]
+            place = GS + ((chunk + n).to(tl.int64) * H + h) * (3 * K) + columns
+            dS *= tl.load(place, mask=columns < K, other=0.0)[None, :]
         else:
             do = (do * scale).to(kind)
         dS = tl.dot(do, q, dS, input_precision=PRECISION)
@@ -269,7 +268,7 @@ def combine(
 
     OUT gets the state before each segment (BACK: the gradient after it). A segment adds its LOCAL
     result to its transition applied to what came in: the matrix in LINK's rows from LINK_ROW on
-    for the delta rule, else the factor exp(LINK).
+    for the delta rule, else the factor LINK.
     """
     pid = tl.program_id(0)
     h = tl.program_id(1)
@@ -308,8 +307,8 @@ def combine(
             S = tl.dot(S, link, local, input_precision=PRECISION)
         elif DECAY == CHANNEL:
             factor = tl.load(LINK + base * K + columns, mask=columns < K, other=0.0)
-            S = S * tl.exp(factor)[None, :] + local
+            S = S * factor[None, :] + local
         elif DECAY == HEAD:
-            S = S * tl.exp(tl.load(LINK + base)) + local
+            S = S * tl.load(LINK + base) + local
         else:
             S += local
