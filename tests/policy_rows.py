@@ -7,6 +7,7 @@ A definition takes the policy and a call over all keys, and says which pairs are
 import torch
 
 import cache_definitions
+import duo_definition
 import hip_definition
 import longheads_definition
 import prefill_definitions
@@ -215,5 +216,6 @@ ROWS = [
     ),
     *cache_definitions.ROWS,
     *hip_definition.ROWS,
+    *duo_definition.ROWS,
     *longheads_definition.ROWS,
 ]

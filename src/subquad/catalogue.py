@@ -378,6 +378,18 @@ _CARDS = (
         evidence=("facts",),
     ),
     System(
+        key="duo",
+        name="DuoAttention",
+        paper="DuoAttention: "
+        "Efficient Long-Context LLM Inference with Retrieval and Streaming Heads",
+        arxiv="2410.10819",
+        family="sparse",
+        kind="policy",
+        home="subquad.policies.duo:Duo",
+        trains=False,
+        evidence=("facts",),
+    ),
+    System(
         key="eval_tasks",
         name="Evaluation tasks",
         paper="Zoology: Measuring and Improving Recall in Efficient Language Models; RULER; others",

@@ -6,6 +6,7 @@ from typing import Any
 _HOMES = {
     "AdaSnapKV": "subquad.policies.ada_snapkv",
     "BlockTopK": "subquad.policies.block_topk",
+    "Duo": "subquad.policies.duo",
     "FlexPrefill": "subquad.policies.flexprefill",
     "HiP": "subquad.policies.hip",
     "LongHeads": "subquad.policies.longheads",

@@ -197,6 +197,10 @@ class Policy:
     late_rope: ClassVar[bool] = False
     batched: ClassVar[bool] = True
 
+    def prepare(self, model: Any) -> Policy:
+        """This policy with what it must know of ``model``: a calibration, a tokenizer."""
+        return self
+
     def check(self, sites: list[Site]) -> None:
         """Refuse, with a ValueError, a model that this policy cannot serve."""
 
@@ -267,6 +271,9 @@ class Joined(Policy):
     @property
     def shapes_decode(self) -> bool:
         return True
+
+    def prepare(self, model: Any) -> Policy:
+        return Joined(self.prompt.prepare(model), self.answer.prepare(model))
 
     def check(self, sites: list[Site]) -> None:
         self.prompt.check(sites)

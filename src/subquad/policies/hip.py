@@ -81,7 +81,7 @@ class HiP(Policy):
         checks.one_of("representative", self.representative, self.REPRESENTATIVES)
 
     def layer(self, site: Site) -> KVLayer:
-        return KVLayer() if site.index < self.dense_layers else HiPLayer()
+        return KVLayer(site.window) if site.index < self.dense_layers else HiPLayer()
 
     def prefill(self, call: Call) -> Tensor:
         if not isinstance(call.layer, HiPLayer):

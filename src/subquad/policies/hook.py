@@ -115,23 +115,24 @@ class Applied:
     """A policy in a model; a context manager, or :meth:`remove` it by hand.
 
     Attributes:
-        model, policy: what was applied to what.
+        model, policy: what was applied to what; sites: the model's attention layers.
         tally: set it to a :class:`~subquad.policies.base.Tally` and the pairs attended to are
             counted (which costs some time); None counts nothing.
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
-        self.model, self.policy = model, policy
+        self.model = model
         self.tally: Tally | None = None
         self.starts: list[int] | None = None
         self._modules = attention_modules(model)
         if self._modules[0] in _sites:
             other = type(_sites[self._modules[0]].applied.policy).__name__
             raise ValueError(f"model has the policy {other} already; remove it, or join them by +")
-        sites = [site_of(m, len(self._modules)) for m in self._modules]
-        policy.check(sites)
+        self.sites = [site_of(m, len(self._modules)) for m in self._modules]
+        self.policy: Policy = policy.prepare(model)
+        self.policy.check(self.sites)
         self._rotary = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
-        if policy.late_rope and (self._rotary is None or _rotation(self._modules[0]) is None):
+        if self.policy.late_rope and (self._rotary is None or _rotation(self._modules[0]) is None):
             raise ValueError(f"{type(model).__name__} has no rotary embedding to apply late")
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, _mask)
@@ -141,7 +142,7 @@ class Applied:
         self._handles = [
             decoder_of(model).register_forward_pre_hook(self._give_cache, with_kwargs=True)
         ]
-        for module, site in zip(self._modules, sites, strict=True):
+        for module, site in zip(self._modules, self.sites, strict=True):
             _sites[module] = _Bound(self, site)
             self._handles.append(
                 module.register_forward_pre_hook(self._enter_attention, with_kwargs=True)

@@ -1,0 +1,78 @@
+"""A layer whose heads are cached in two ways: some keep everything, some the first and last tokens.
+
+Legend: B batch, T new tokens, S cached entries, G key/value heads, K head dim, s sinks, w window.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from subquad.caches.kv import KVLayer
+from subquad.caches.ring import RingLayer
+
+
+class WaitingRing(RingLayer):
+    """A ring that sorts in single tokens, too, only when it is told to: s + w tokens are held while
+    the new ones are attended to."""
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        super().store(k[:, :0], v[:, :0])
+        self._new = k, v
+
+
+class SplitLayer(KVLayer):
+    """Whole heads and streaming heads.
+
+    Attributes:
+        parts: for each kind that there is, its heads, int ``[n]``, and their layer. (The layers of
+            a :meth:`row` hold that row's keys in the order of the text.)
+    """
+
+    def __init__(self, streaming: Tensor, sinks: int, window: int, own: int | None = None) -> None:
+        """Args:
+        streaming: bool ``[G]``; sinks, window: what these heads keep.
+        own: the model's own window here, beyond which no head need keep anything.
+        """
+        self._made = streaming, sinks, window, own
+        super().__init__()
+
+    def _clear(self) -> None:
+        super()._clear()
+        streaming, sinks, window, own = self._made
+        kinds: list[tuple[Tensor, KVLayer]] = [
+            ((~streaming).nonzero()[:, 0], KVLayer(own)),
+            (streaming.nonzero()[:, 0], WaitingRing(sinks, min(window, own or window))),
+        ]
+        self.parts = [(heads, part) for heads, part in kinds if len(heads)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for _, part in self.parts)
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        for heads, part in self.parts:
+            part.starts = self.starts
+            heads = heads.to(k.device)
+            part.update(*(x.index_select(2, heads).transpose(1, 2) for x in (k, v)))
+
+    def settle(self) -> None:
+        """The new tokens have been attended to: streaming heads drop what they need not keep."""
+        for _, part in self.parts:
+            if isinstance(part, RingLayer):
+                part.settle()
+
+    def row(self, b: int) -> KVLayer:
+        alone = SplitLayer(*self._made)
+        alone.seen = self.seen - (self.starts[b] if self.starts else 0)
+        alone.parts = [(heads, part.row(b)) for heads, part in self.parts]
+        return alone
+
+    def select(self, rows: Tensor) -> None:
+        for _, part in self.parts:
+            part.select(rows)
+        if self.starts is not None:
+            self.starts = [self.starts[b] for b in rows.tolist()]
+
+    @property
+    def _batch(self) -> int:
+        return self.parts[0][1]._batch
