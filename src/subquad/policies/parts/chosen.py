@@ -17,6 +17,7 @@ from subquad import mask as masks
 from subquad.ops.attention import attention
 from subquad.ops.backend import interpreted
 from subquad.policies.base import Call
+from subquad.policies.parts import lines
 
 COPIED = 1 << 22  # elements of keys copied at once
 
@@ -112,17 +113,12 @@ def _gathered(call: Call, starts: Tensor, size: int, rows: int, columns: Tensor 
 
 def _tokens(starts: Tensor, size: int, columns: Tensor | None) -> Tensor:
     """The chosen keys ``[N,r,L]``, -1 for none; spans that no row here has are left out."""
-    spans = _trimmed(starts)[..., None]
+    spans = lines.trimmed(starts)[..., None]
     spans = torch.where(spans < 0, -1, spans + torch.arange(size, device=starts.device))
     parts = [spans.flatten(-2)]
     if columns is not None:
-        parts.append(_trimmed(columns))
+        parts.append(lines.trimmed(columns))
     return torch.cat(parts, -1)
-
-
-def _trimmed(chosen: Tensor) -> Tensor:
-    used = (chosen >= 0).flatten(0, -2).any(0).nonzero()
-    return chosen[..., : int(used[-1]) + 1 if len(used) else 1]
 
 
 def _pick(x: Tensor, tokens: Tensor) -> Tensor:

@@ -127,6 +127,6 @@ def listed(keep: Tensor, values: Tensor) -> Tensor:
 
 
 def trimmed(lists: Tensor) -> Tensor:
-    """Lists ``[...,n]`` without the columns that are -1 in all of them (one is left)."""
-    used = int((lists >= 0).flatten(0, -2).any(0).sum())
-    return lists[..., : max(used, 1)]
+    """Lists ``[...,n]`` up to the last column that is not -1 in all of them (one is left)."""
+    used = (lists >= 0).flatten(0, -2).any(0).nonzero()
+    return lists[..., : int(used[-1]) + 1 if len(used) else 1]
