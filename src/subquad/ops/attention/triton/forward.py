@@ -72,7 +72,7 @@ def attention_forward(
 ):  # fmt: skip
     """One program: BQ queries of HG heads that share a list, one part of PARTS of it.
 
-    O ``[PARTS,B,T,H,V]`` and LSE ``[PARTS,B,T,H]`` are contiguous (``sop`` = B * T * H).
+    ``scale`` is not negative. O ``[PARTS,B,T,H,V]`` and LSE ``[PARTS,B,T,H]`` are contiguous (``sop`` = B * T * H).
     """
     part = tl.program_id(0) % PARTS
     row = tl.num_programs(0) // PARTS - 1 - tl.program_id(0) // PARTS  # the longest lists first
@@ -94,9 +94,7 @@ def attention_forward(
     acc = tl.zeros([BM, BV], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    if scale < 0:
-        q = -q
-    scale = tl.maximum(tl.abs(scale), 1e-30) * LOG2E
+    scale = tl.maximum(scale, 1e-30) * LOG2E  # 0 times -inf would be NaN
     if SIZE % BN == 0:
         acc, top, total = _attend(
             acc, top, total, q, m_local, p, K_, V_, KT, VT, b * S, g * K, g * V, skt, svt,

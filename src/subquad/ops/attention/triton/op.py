@@ -170,6 +170,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, offset: int
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_dense_last(x) for x in (q, k, v))
+    if scale < 0:
+        q, scale = -q, -scale
     launch = prepare(q, k, v, mask, offset)
     rows, heads = launch.programs
     parts = _parts(launch, rows * heads)
