@@ -83,6 +83,8 @@ class NeighborhoodAttention(Mixer):
 
     def _least_grid(self) -> None:
         """Raise where the windows, strides and dilations fit no grid at all."""
+        for d in self.dilation:
+            checks.positive("dilation", d)
         grid = [w * d for w, d in zip(self.window, self.dilation)]
         masks.neighborhood(grid, self.window, self.stride, self.dilation, self.axes_causal)
 

@@ -19,7 +19,7 @@ def top(
     local: int = 0,
     offset: int = 0,
 ) -> Tensor:
-    """The ``k`` best blocks of every row, forced ones among them.
+    """The ``k`` best blocks of every row, forced ones among them; of equals the earlier.
 
     Args:
         scores: ``[...,R,n]`` of n key blocks for R rows of queries; -inf is never taken.
@@ -38,7 +38,7 @@ def top(
     if k < min(sinks + local, scores.shape[-1]):
         raise ValueError(f"k must hold the {sinks} sinks and {local} local blocks, got {k}")
     rank = _forced(scores, size, rows or size, causal, sinks, local, offset)
-    best, index = rank.topk(min(k, rank.shape[-1]), -1)
+    best, index = _best(rank, min(k, rank.shape[-1]))
     return _rising(index, best > -torch.inf, rank.shape[-1])
 
 
@@ -99,6 +99,20 @@ def _forced(
     forced = (block < sinks) | (~after & (block > diagonal - local))
     rank = scores.masked_fill(forced, torch.inf)
     return rank.masked_fill(after, -torch.inf) if causal else rank
+
+
+def _best(rank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``topk`` by one rule for ties, so that a token chooses alike in a prompt and in decoding:
+    neighboring blocks often tie, by a window that reaches into both."""
+    n = rank.shape[-1]
+    if rank.dtype != torch.float32:
+        best, index = rank.sort(dim=-1, descending=True, stable=True)
+        return best[..., :k], index[..., :k]
+    bits = rank.contiguous().view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    key = (ordered.long() << 32) | torch.arange(n - 1, -1, -1, device=rank.device)
+    index = n - 1 - (key.topk(k, -1)[0] & 0xFFFFFFFF)
+    return rank.gather(-1, index), index
 
 
 def _rising(index: Tensor, keep: Tensor, n: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""Turning a pretrained model into another: one file per conversion."""
