@@ -9,6 +9,7 @@ import torch
 import cache_definitions
 import duo_definition
 import hip_definition
+import infini_definition
 import longheads_definition
 import prefill_definitions
 from policy_kit import Row, masked, rotate
@@ -216,6 +217,7 @@ ROWS = [
     ),
     *cache_definitions.ROWS,
     *hip_definition.ROWS,
+    *infini_definition.ROWS,
     *duo_definition.ROWS,
     *longheads_definition.ROWS,
 ]

@@ -390,6 +390,17 @@ _CARDS = (
         evidence=("facts",),
     ),
     System(
+        key="infini_retri",
+        name="InfiniRetri",
+        paper="Infinite Retrieval: Attention Enhanced LLMs in Long-Context Processing",
+        arxiv="2502.12962",
+        family="memory",
+        kind="policy",
+        home="subquad.policies.infini_retri:InfiniRetri",
+        trains=False,
+        evidence=("facts",),
+    ),
+    System(
         key="eval_tasks",
         name="Evaluation tasks",
         paper="Zoology: Measuring and Improving Recall in Efficient Language Models; RULER; others",

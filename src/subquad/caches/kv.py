@@ -193,10 +193,23 @@ class KVLayer(CacheLayerMixin):
 
 
 class PolicyCache(Cache):
-    """The layers that a policy chose, one per layer of the model."""
+    """The layers that a policy chose, one per layer of the model.
+
+    Attributes:
+        skipped: tokens of the prompt that no layer was fed, as the policy read another text in its
+            place; they count as seen.
+    """
 
     def __init__(self, layers: Sequence[KVLayer]) -> None:
         super().__init__(layers=list(layers))
+        self.skipped = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx) + self.skipped
+
+    def reset(self) -> None:
+        super().reset()
+        self.skipped = 0
 
     @property
     def held(self) -> list[KVLayer]:

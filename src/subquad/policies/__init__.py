@@ -9,6 +9,7 @@ _HOMES = {
     "Duo": "subquad.policies.duo",
     "FlexPrefill": "subquad.policies.flexprefill",
     "HiP": "subquad.policies.hip",
+    "InfiniRetri": "subquad.policies.infini_retri",
     "LongHeads": "subquad.policies.longheads",
     "Policy": "subquad.policies.base",
     "Quest": "subquad.policies.quest",

@@ -175,6 +175,9 @@ class Call:
         return o
 
 
+Look = Callable[[Tensor, int | None], Call]
+
+
 def _ramp(n: int, top: int) -> int:
     """The sum of min(i + 1, top) over i < n."""
     low = min(n, top)
@@ -204,6 +207,15 @@ class Policy:
     def check(self, sites: list[Site]) -> None:
         """Refuse, with a ValueError, a model that this policy cannot serve."""
 
+    def read(self, ids: Tensor, look: Look) -> Tensor:
+        """The text ``[B,T']`` that is read in place of the first prompt ``ids [B,T]``.
+
+        Args:
+            look: runs the model over a text, without a cache, and returns the call of an attention
+                layer (the last, where None): its queries and keys.
+        """
+        return ids
+
     def layer(self, site: Site) -> KVLayer:
         """A fresh cache layer for ``site``; by default all keys and values that the model sees."""
         return KVLayer(site.window)
@@ -219,6 +231,11 @@ class Policy:
 
     def settle(self, call: Call) -> None:
         """After the attention of a prompt, or a piece of one: drop what the cache will not keep."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether it reads another text in a prompt's place."""
+        return type(self).read is not Policy.read
 
     @property
     def shapes_prefill(self) -> bool:
@@ -249,6 +266,8 @@ class Joined(Policy):
             if not isinstance(part, Policy):
                 raise ValueError(f"a policy joins with a policy, got {part!r}")
         a, b = type(self.prompt).__name__, type(self.answer).__name__
+        if self.prompt.reads or self.answer.reads:
+            raise ValueError(f"{a} + {b}: one of them reads the prompt in its own way, alone")
         if self.prompt.shapes_decode:
             raise ValueError(f"{a} + {b}: {a} shapes the decoding, so it must come alone or last")
         if self.answer.shapes_prefill:

@@ -70,8 +70,13 @@ def _attend(
         rotate=applied.rotate(module),
         tally=applied.tally,
     )
-    if call.tally is not None:
-        call.tally.add(q.shape[1], visible=call.visible())
+    if applied.watched == bound.site.index:
+        applied.found = call
+    if call.tally is not None and applied.watched is None:
+        unread = bound.cache.skipped if bound.cache is not None else 0
+        first = unread * (unread + 1) // 2 if call.first else 0
+        more = (unread * q.shape[1] + first) * bound.site.heads
+        call.tally.add(q.shape[1], visible=call.visible() + more)
     answers = q.shape[1] == 1 or layer.compressed
     o = applied.policy.decode(call) if answers else applied.policy.prefill(call)
     if q.shape[1] > 1:
@@ -123,6 +128,8 @@ class Applied:
     def __init__(self, model: PreTrainedModel, policy: Policy) -> None:
         self.model = model
         self.tally: Tally | None = None
+        self.watched: int | None = None
+        self.found: Call | None = None
         self.starts: list[int] | None = None
         self._modules = attention_modules(model)
         if self._modules[0] in _sites:
@@ -184,12 +191,40 @@ class Applied:
             if past is not None and past.get_seq_length() > 0:
                 raise ValueError("past_key_values was filled without this policy; start afresh")
             past = self.new_cache()
+        if self.policy.reads and self.watched is None:
+            kwargs, args = kwargs | self._read(kwargs.get("input_ids", *args[:1]), past, kwargs), ()
         self.starts = padding_starts(kwargs.get("attention_mask"))
         for layer in past.held if past is not None else []:
             layer.starts = self.starts
         for module in self._modules:
             _sites[module].cache = past
         return args, kwargs | {"past_key_values": past}
+
+    def _read(self, ids: Tensor | None, past: PolicyCache | None, kwargs: dict) -> dict:
+        """What the policy reads in a prompt's place; what follows takes its place behind that."""
+        if ids is None:
+            raise ValueError(f"{type(self.policy).__name__} needs input_ids, not inputs_embeds")
+        if past is None or past.get_seq_length() == 0:
+            starts = padding_starts(kwargs.get("attention_mask")) or [0]
+            text = self.policy.read(ids[:, starts[0] :], self.look)
+            if past is not None:
+                past.skipped = ids.shape[1] - text.shape[1]
+            ids = text
+        held = 0 if past is None else past.held[0].seen
+        places = torch.arange(held, held + ids.shape[1], device=ids.device)[None]
+        return {"input_ids": ids, "attention_mask": None, "position_ids": places}
+
+    def look(self, ids: Tensor, layer: int | None = None) -> Call:
+        """Run the model over ``ids [B,T]``, without a cache, for what the attention of ``layer``
+        (the last where None) is called with."""
+        self.watched = len(self.sites) - 1 if layer is None else layer
+        try:
+            decoder_of(self.model)(input_ids=ids, use_cache=False)
+        finally:
+            self.watched = None
+        found, self.found = self.found, None
+        assert found is not None
+        return found
 
     def _enter_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Note the positions; for late rotation let the module rotate by nothing."""
