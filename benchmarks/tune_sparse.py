@@ -61,34 +61,43 @@ class Shape:
         return (q, k, v), mask.causal() & mask.window(min(1023, T // 3))
 
 
-# (step, warps, stages), and for grad_kv the keys of a program before them: those that fit the
-# registers, by the compiler's report.
+# Those that fit the registers by the compiler's report: (step, warps, stages), and what else the
+# kernel takes.
 CANDIDATES = {
-    ("forward", 128): [(64, 8, 2), (64, 8, 3), (64, 8, 4), (128, 8, 2), (128, 8, 3), (64, 4, 3)],
-    ("forward", 64): [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (64, 8, 2)],
-    ("forward", 16): [(64, w, s) for w in (1, 2, 4) for s in (2, 3, 4)],
-    ("grad_q", 128): [(64, 8, 1), (64, 8, 2), (64, 8, 3), (32, 8, 2), (32, 8, 3), (128, 8, 1)],
-    ("grad_q", 64): [(64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 2), (32, 4, 3), (64, 8, 2)],
-    ("grad_q", 16): [(64, 4, 1), (64, 4, 2), (64, 2, 2), (32, 2, 2), (32, 4, 3), (64, 2, 3)],
+    ("forward", 128): [
+        (64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3), (32, 4, 4), (128, 8, 2), (128, 8, 3),
+        (64, 8, 2), (64, 8, 3),
+    ],
+    ("forward", 64): [(64, 4, 2), (64, 4, 3), (64, 4, 4), (32, 4, 3)],
+    ("forward", 16): [(64, w, s) for w in (1, 2, 4) for s in (1, 2, 3)],
+    ("grad_q", 128): [
+        (64, 8, 2), (64, 8, 3), (32, 8, 3), (128, 8, 1),
+        *[(n, 4, s, ("queries", 64)) for n in (32, 64) for s in (2, 3)],
+    ],
+    ("grad_q", 64): [(64, 4, 1), (64, 4, 2), (64, 4, 3), (32, 4, 3)],
+    ("grad_q", 16): [(64, 4, 1), (64, 4, 2), (64, 2, 2), (64, 1, 2), (32, 2, 2), (64, 2, 1)],
     ("grad_kv", 128): [
-        *[(128, 64, 8, s) for s in (1, 2, 3)], (128, 32, 8, 2), (128, 32, 8, 3), (128, 128, 8, 1),
-        (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 32, 4, 3),
+        *[(n, 8, s, ("keys", 128)) for n, s in ((64, 2), (32, 3))],
+        *[(n, 4, s, ("keys", 64)) for n, s in ((64, 2), (32, 3))],
+        *[(64, 4, s, ("keys", 64), ("upright", 1)) for s in (1, 2, 3)],
+        (128, 8, 2, ("keys", 64), ("upright", 1)), (64, 8, 2, ("keys", 64), ("upright", 1)),
+        (64, 8, 3, ("keys", 128), ("upright", 1)),
     ],
     ("grad_kv", 64): [
-        (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3),
-        (64, 64, 8, 2),
+        *[(n, 4, s, ("keys", 64)) for n in (32, 64) for s in (2, 3)],
+        *[(64, 4, s, ("keys", 64), ("upright", 1)) for s in (1, 2, 3)],
     ],
     ("grad_kv", 16): [
-        (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 1), (64, 128, 8, 2),
-        (64, 32, 4, 2), (64, 32, 4, 3),
+        *[(n, 4, 2, ("keys", 64)) for n in (32, 64)], (128, 8, 1, ("keys", 64)),
+        *[(64, 4, s, ("keys", 64), ("upright", 1)) for s in (1, 2, 3)],
+        *[(128, 8, s, ("keys", 64), ("upright", 1)) for s in (1, 2)],
     ],
 }  # fmt: skip
 
 
 def candidates(kernel: str, shape: Shape) -> Iterator[dict[str, int]]:
-    for *steps, warps, stages in CANDIDATES[kernel, shape.rows]:
-        names = ("keys", "step") if kernel == "grad_kv" else ("step",)
-        yield {**dict(zip(names, steps)), "num_warps": warps, "num_stages": stages}
+    for step, warps, stages, *more in CANDIDATES[kernel, shape.rows]:
+        yield {**dict(more), "step": step, "num_warps": warps, "num_stages": stages}
 
 
 def run(tensors, m):

@@ -116,16 +116,16 @@ def window_kernel(
         for i in range(GROUP):
             h = g * GROUP + i
             q = _queries(Q + b.to(tl.int64) * sqb + h * sqh, m, T, sqt, K, BK)
-            at = LSE + (b * H + h).to(tl.int64) * T + m
-            lse = tl.load(at, mask=m < T, other=float("inf"))
+            own = LSE + (b * H + h).to(tl.int64) * T + m
+            lse = tl.load(own, mask=m < T, other=float("inf"))
             s = _scores(
                 q, X, first, n, sxt, m + offset, scale * LOG2E, size, stride, K, BK, BN, True,
                 PRECISION,
             )  # fmt: skip
             mass += tl.exp2(s - lse[:, None])
         j = first + tl.arange(0, BN)[None, :]
-        OUT += (tl.program_id(2).to(tl.int64) * T + m)[:, None] * n
-        tl.store(OUT + j, mass, mask=(m < T)[:, None] & (j < n))
+        at = OUT + (tl.program_id(2).to(tl.int64) * T + m)[:, None] * n + j
+        tl.store(at, mass, mask=(m < T)[:, None] & (j < n))
 
 
 def block_mass(q, k, size, rows, reduce, causal, scale, offset):

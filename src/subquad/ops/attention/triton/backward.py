@@ -142,14 +142,27 @@ def attention_grad_q(
 
 
 @triton.jit
-def _pairs(q, do, lse, delta, k, v, keep, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """P^T and dS^T ``[BN,BM]`` of queries ``q [BM,BK]`` and keys ``k [BN,BK]``."""
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]
-    if MASKED:
-        s = tl.where(keep, s, float("-inf"))
-    w = tl.exp2(s)
-    dw = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    return w.to(do.dtype), (w * (dw - delta[None, :])).to(q.dtype)
+def _pairs(
+    q, do, lse, delta, k, v, keep, scale,
+    MASKED: tl.constexpr, UPRIGHT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P^T and dS^T ``[BN,BM]`` of queries ``q [BM,BK]`` and keys ``k [BN,BK]``, made as they are
+    returned or (UPRIGHT) with the queries as rows and then turned; ``keep`` is as they are made."""
+    if UPRIGHT:
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None]
+        if MASKED:
+            s = tl.where(keep, s, float("-inf"))
+        w = tl.exp2(s)
+        dw = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = w * (dw - delta[:, None])
+        return tl.trans(w.to(do.dtype)), tl.trans(ds.to(q.dtype))
+    else:
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]
+        if MASKED:
+            s = tl.where(keep, s, float("-inf"))
+        w = tl.exp2(s)
+        dw = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        return w.to(do.dtype), (w * (dw - delta[None, :])).to(q.dtype)
 
 
 @triton.jit
@@ -158,7 +171,7 @@ def _by_key(
     T, S, H, sqt, sqh, sdt, sdh, offset, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
     HG: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
-    MASKED: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BULK: tl.constexpr, UPRIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The rows of queries listed in ``a..c`` added to dk and dv."""
     EACH: tl.constexpr = PER_ROW * HG
@@ -180,12 +193,20 @@ def _by_key(
         token = row * PER_ROW + m_local - shift
         exists = exists & (token >= 0) & (token < T)
         head = h + inside % HG
-        keep = exists[None, :] & (key < S)[:, None]
-        if MASKED:
-            keep = keep & kept(
-                m_local[None, :], (token + offset)[None, :], n_local[:, None], key[:, None], S,
-                PATTERN, TABLE, e, TILE, KIND,
-            )  # fmt: skip
+        if UPRIGHT:
+            keep = exists[:, None] & (key < S)[None, :]
+            if MASKED:
+                keep = keep & kept(
+                    m_local[:, None], (token + offset)[:, None], n_local[None, :], key[None, :], S,
+                    PATTERN, TABLE, e, TILE, KIND,
+                )  # fmt: skip
+        else:
+            keep = exists[None, :] & (key < S)[:, None]
+            if MASKED:
+                keep = keep & kept(
+                    m_local[None, :], (token + offset)[None, :], n_local[:, None], key[:, None], S,
+                    PATTERN, TABLE, e, TILE, KIND,
+                )  # fmt: skip
         q_at = token.to(tl.int64) * sqt + head * sqh
         d_at = token.to(tl.int64) * sdt + head * sdh
         at = token.to(tl.int64) * H + head
@@ -193,7 +214,7 @@ def _by_key(
         do = block_of(DO, DOT, first_row, h * V, d_at, exists, 1, V, BV, True, BULK)
         lse = tl.load(LSE2 + at, mask=exists, other=float("inf"))
         delta = tl.load(DELTA + at, mask=exists, other=0.0)
-        w, ds = _pairs(q, do, lse, delta, k, v, keep, scale, MASKED, PRECISION)
+        w, ds = _pairs(q, do, lse, delta, k, v, keep, scale, MASKED, UPRIGHT, PRECISION)
         dv = tl.dot(w, do, dv, input_precision=PRECISION)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     return dk, dv
@@ -207,7 +228,7 @@ def attention_grad_kv(
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PER_ROW: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, BULK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    UPRIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv: one program for BN keys of one head of keys, over the rows of queries that see
     their block. DK and DV are contiguous."""
@@ -233,12 +254,12 @@ def attention_grad_kv(
         dk, dv = _by_key(
             dk, dv, k, v, key, n_local, Q, DO, QT, DOT, LSE2, DELTA, ROW, PATTERN, TABLE, lo, mid,
             b, h, shift, T, S, H, sqt, sqh, sdt, sdh, offset, log2_scale,
-            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, False, BULK, PRECISION,
+            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, False, BULK, UPRIGHT, PRECISION,
         )  # fmt: skip
         dk, dv = _by_key(
             dk, dv, k, v, key, n_local, Q, DO, QT, DOT, LSE2, DELTA, ROW, PATTERN, TABLE, mid, hi,
             b, h, shift, T, S, H, sqt, sqh, sdt, sdh, offset, log2_scale,
-            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, True, BULK, PRECISION,
+            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, True, BULK, UPRIGHT, PRECISION,
         )  # fmt: skip
     at = (b.to(tl.int64) * S + key) * G + g
     d, w = tl.arange(0, BK), tl.arange(0, BV)
@@ -269,7 +290,7 @@ def _scatter(
         v = rows_of(V_ + first * stride_v, at, there, stride_v, V, BV, True)
         keep = kept(0, p[None, :], 0, key[:, None], S, ENTRY, ENTRY, e, SIZE, KIND)
         keep = keep & there[:, None]
-        w, ds = _pairs(q, do, lse, delta, k, v, keep, log2_scale, True, PRECISION)
+        w, ds = _pairs(q, do, lse, delta, k, v, keep, log2_scale, True, False, PRECISION)
         dv = tl.dot(w, do, input_precision=PRECISION)
         dk = tl.dot(ds, q, input_precision=PRECISION) * scale
         to = key.to(tl.int64)[:, None]

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_forced: ContextVar[Mapping[str, Mapping[str, int]] | None] = ContextVar("configs", default=None)
+# Not a context variable: the backward pass runs on a thread of autograd's own.
+_forced: Mapping[str, Mapping[str, int]] = {}
 
 
 @lru_cache(maxsize=1)
@@ -27,19 +27,20 @@ def table() -> list[dict[str, Any]]:
 
 @contextmanager
 def forced(configs: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
-    """Run the named kernels with these configurations inside the block."""
-    token = _forced.set(configs)
+    """Run the named kernels with these configurations inside the block, in the whole process."""
+    global _forced
+    before, _forced = _forced, configs
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced = before
 
 
 def config(kernel: str, rows: int, width: int, itemsize: int) -> dict[str, int]:
-    """``step`` (and ``keys``), ``num_warps`` and ``num_stages`` of ``kernel``."""
-    chosen = _forced.get() or {}
-    if kernel in chosen:
-        return dict(chosen[kernel])
+    """``step`` (and the most ``queries``, or ``keys``, of a program), ``num_warps`` and
+    ``num_stages`` of ``kernel``."""
+    if kernel in _forced:
+        return dict(_forced[kernel])
     return dict(_found(kernel, rows, width, itemsize))
 
 

@@ -72,7 +72,8 @@ def attention_forward(
 ):  # fmt: skip
     """One program: BQ queries of HG heads that share a list, one part of PARTS of it.
 
-    ``scale`` is not negative. O ``[PARTS,B,T,H,V]`` and LSE ``[PARTS,B,T,H]`` are contiguous (``sop`` = B * T * H).
+    ``scale`` is not negative. O ``[PARTS,B,T,H,V]`` and LSE ``[PARTS,B,T,H]`` are contiguous, a
+    part ``sop`` = B * T * H rows.
     """
     part = tl.program_id(0) % PARTS
     row = tl.num_programs(0) // PARTS - 1 - tl.program_id(0) // PARTS  # the longest lists first

@@ -6,10 +6,13 @@ spans with any start, single columns), so that neither ever compiles a kernel of
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from subquad.mask import Mask, Tiles
@@ -136,7 +139,7 @@ def _padded(table: Tensor, causal: bool, unit: int, size: int, per_row: int, S: 
 @lru_cache(maxsize=64)
 def of_mask(mask: Mask, T: int, S: int, block: int, offset: int, device: torch.device) -> Index:
     """The index of a mask's tiles on the device; cached by value."""
-    if isinstance(mask, Band) and device.type != "cpu":
+    if isinstance(mask, Band):
         return of_band(mask, T, S, block, offset, device)
     tiles = mask.tiles(T, S, block, offset)
     rows = torch.arange(len(tiles.ptr) - 1).repeat_interleave(tiles.ptr.diff().long())
@@ -182,71 +185,83 @@ def of_band(band: Band, T: int, S: int, block: int, offset: int, device: torch.d
     The tile (r, c) depends on q = r - c alone, but for a last column that S cuts: it is empty,
     partial or full by where q * block + offset lies, so each row's tiles are three runs of q.
     """
-    rows, columns = -(-T // block), -(-S // block)
+    rows, columns = triton.cdiv(T, block), triton.cdiv(S, block)
     far = (rows + columns) * block + abs(offset)
     lo = -far if band.lo is None else max(band.lo, -far)
     hi = far if band.hi is None else min(band.hi, far)
     reach = block - 1
     # p - j in a tile runs from x - reach to x + reach, x = q * block + offset.
-    any_q = -(-(lo - reach - offset) // block), (hi + reach - offset) // block
-    full_q = -(-(lo + reach - offset) // block), (hi - reach - offset) // block
-    low = max(any_q[0], 1 - columns)
-    any_q = low, max(min(any_q[1], rows - 1), low - 1)
+    full = -(-(lo + reach - offset) // block), (hi - reach - offset) // block
+    least = max(-(-(lo - reach - offset) // block), 1 - columns)
+    some = least, max(min((hi + reach - offset) // block, rows - 1), least - 1)
     cut = S % block != 0
-    by_query = _runs(rows, columns, any_q, full_q, cut, False, device)
-    by_key = _runs(columns, rows, any_q, full_q, cut, True, device)
-    x = torch.arange(any_q[0], any_q[1] + 1, device=device)[:, None] * block + offset
-    i = torch.arange(block, device=device)
-    first, end = (x + i - hi).clamp(0, block), (x + i - lo + 1).clamp(0, block)
-    table = torch.stack([first, end], -1)
-    short = table.clamp_max(S % block)
-    table = torch.cat([table, short] if cut else [table]).int()
+    x = torch.arange(some[0], some[1] + 1, device=device)[:, None] * block + offset
+    place = torch.arange(block, device=device)
+    table = torch.stack([x + place - hi, x + place - lo + 1], -1).clamp_(0, block)
+    table = torch.cat([table, table.clamp_max(S % block)] if cut else [table]).int()
+    by_query, by_key = (
+        _band_lists(r, c, some, full, cut, turned, device)
+        for r, c, turned in ((rows, columns, False), (columns, rows, True))
+    )
     plane = torch.zeros(1, dtype=torch.int32, device=device)
     return Index(
         by_query, plane, (1, 1), rows, block, block, block, INTERVAL, table=table, turned=by_key
     )
 
 
-def _runs(
-    rows: int, columns: int, any_q: tuple[int, int], full_q: tuple[int, int], cut: bool,
+def _band_lists(
+    rows: int, columns: int, some: tuple[int, int], full: tuple[int, int], cut: bool,
     turned: bool, device: torch.device,
 ) -> Lists:  # fmt: skip
-    """Rows meet the columns ``r - q`` (turned: ``r + q``) of ``any_q``; full ones come first."""
-    r = torch.arange(rows, device=device)[:, None]
-    sign = 1 if turned else -1
-    width = max(any_q[1] - any_q[0] + 1, 0)
+    """Rows meet the columns ``r - q`` (turned: ``r + q``) of ``some``; full ones come first."""
+    width = min(some[1] - some[0] + 1, columns)
+    ends = torch.empty(3, rows, dtype=torch.int32, device=device)
+    lists = torch.empty(2, rows * width, dtype=torch.int32, device=device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        band_lists[(rows,)](
+            *ends, *lists, rows, columns, *some, *full, width, cut,
+            TURNED=turned, BLOCK=128, num_warps=1,
+        )  # fmt: skip
+    return Lists(*ends, *lists)
 
-    def between(q: tuple[int, int], last: Tensor | int) -> tuple[Tensor, Tensor]:
-        ends = r + sign * q[0], r + sign * q[1]
-        low, high = ends if turned else ends[::-1]
-        return low.clamp_min(0), torch.minimum(high, torch.as_tensor(last, device=device))
 
-    low, high = between(any_q, columns - 1)
-    high = torch.maximum(high, low - 1)
+@triton.jit(do_not_specialize=["rows", "columns", "a", "b", "c", "d", "width", "cut"])
+def band_lists(
+    LO, MID, HI, ENTRY, PATTERN, rows, columns, a, b, c, d, width, cut,
+    TURNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row's tiles: q runs over ``a..b``, the full ones over ``c..d``."""
+    r = tl.program_id(0)
+    if TURNED:
+        low, high, full_low, full_high = r + a, r + b, r + c, r + d
+    else:
+        low, high, full_low, full_high = r - b, r - a, r - d, r - c
+    low = tl.maximum(low, 0)
+    high = tl.maximum(tl.minimum(high, columns - 1), low - 1)
     # The column that S cuts is never full: by queries the last entry, by keys the whole row.
-    last = (
-        torch.where(r == rows - 1, -1, columns - 1)
-        if turned and cut
-        else columns - 1 - (cut and not turned)
-    )
-    full_low, full_high = between(full_q, last)
-    full_low = torch.minimum(torch.maximum(full_low, low), high + 1)
-    full_high = torch.maximum(torch.minimum(full_high, high), full_low - 1)
-    count, full = high - low + 1, full_high - full_low + 1
-    before = full_low - low
-    n = torch.arange(min(width, columns), device=device)
-    partial = n - full
-    column = torch.where(
-        n < full,
-        full_low + n,
-        torch.where(partial < before, low + partial, full_high + 1 + partial - before),
-    )
-    q = (column - r if turned else r - column) - any_q[0]
+    last = high
     if cut:
-        at_cut = (r == rows - 1) if turned else (column == columns - 1)
-        q = torch.where(at_cut, q + width, q)
-    lo = r.flatten() * len(n)
-    return Lists(
-        lo.int(), (lo + full.flatten()).int(), (lo + count.flatten()).int(),
-        column.flatten().int(), q.clamp_min(0).flatten().int(),
-    )  # fmt: skip
+        if TURNED:
+            last = tl.where(r == rows - 1, -1, high)
+        else:
+            last = tl.minimum(high, columns - 2)
+    full_low = tl.minimum(tl.maximum(full_low, low), high + 1)
+    full_high = tl.maximum(tl.minimum(full_high, last), full_low - 1)
+    count, full, before = high - low + 1, full_high - full_low + 1, full_low - low
+    tl.store(LO + r, r * width)
+    tl.store(MID + r, r * width + full)
+    tl.store(HI + r, r * width + count)
+    for n0 in range(0, count, BLOCK):
+        n = n0 + tl.arange(0, BLOCK)
+        partial = n - full
+        beside = tl.where(partial < before, low + partial, full_high + 1 + partial - before)
+        column = tl.where(n < full, full_low + n, beside)
+        if TURNED:
+            q = column - r - a
+            at_cut = (r == rows - 1) & (n >= 0)
+        else:
+            q = r - column - a
+            at_cut = column == columns - 1
+        q = tl.where(at_cut & (cut != 0), q + b - a + 1, q)
+        tl.store(ENTRY + r * width + n, column, mask=n < count)
+        tl.store(PATTERN + r * width + n, q, mask=n < count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -131,6 +131,10 @@ class Launch:
         found = config(kernel, rows or self.BM, width, self.dtype.itemsize)
         return found.pop("step"), found
 
+    def narrowed(self, most: int) -> Launch:
+        """The same with at most ``most`` queries a program."""
+        return replace(self, BQ=most) if most < self.BQ and self.BQ % most == 0 else self
+
 
 def prepare(q: Tensor, k: Tensor, v: Tensor, mask: Mask, offset: int) -> Launch:
     (B, T, H, K), (S, G), V = q.shape, k.shape[1:3], v.shape[3]
@@ -209,7 +213,7 @@ def backward(
     launch = prepare(q, k, v, mask, offset)
     index, (B, T, H) = launch.index, q.shape[:3]
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    dims, lists, sizes = launch.dims(), launch.lists(), launch.sizes()
+    dims, lists = launch.dims(), launch.lists()
     with _on(q):
         grads.attention_delta[(triton.cdiv(B * T * H, 64),)](
             o, do, lse, dlse.contiguous(), delta, lse2, B * T * H, T, H,
@@ -219,24 +223,25 @@ def backward(
         strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         step, options = launch.config("grad_q")
-        tiles, bulk = launch.key_tiles(k, v, step)
-        grads.attention_grad_q[launch.programs](
-            q, k, v, *tiles, do, lse2, delta, dq, *lists, scale, *sizes, *strides,
-            **dims, **launch.rows(), BN=step, BULK=bulk, **options,
+        own = launch.narrowed(options.pop("queries", MOST_ROWS))
+        tiles, bulk = own.key_tiles(k, v, step)
+        grads.attention_grad_q[own.programs](
+            q, k, v, *tiles, do, lse2, delta, dq, *lists, scale, *own.sizes(), *strides,
+            **dims, **own.rows(), BN=step, BULK=bulk, **options,
         )  # fmt: skip
         turned = index.by_keys(triton.cdiv(launch.S, index.size)) if index.size % 64 == 0 else None
         if turned is None:
             dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
             step, options = launch.config("scatter_kv")
-            own = (lists[0], *lists[2:4], *lists[6:])
+            listed = (lists[0], *lists[2:4], *lists[6:])
             grads.attention_scatter_kv[launch.programs](
-                q, k, v, do, lse2, delta, dk, dv, *own, scale, *sizes, *strides,
+                q, k, v, do, lse2, delta, dk, dv, *listed, scale, *launch.sizes(), *strides,
                 **dims, **launch.rows(), BN=step, **options,
             )  # fmt: skip
             return dq, dk.to(k.dtype), dv.to(v.dtype)
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=q.device) for x in (k, v))
         step, options = launch.config("grad_kv", index.per_row * launch.HG)
-        keys = options.pop("keys")
+        keys, upright = options.pop("keys"), bool(options.pop("upright", 0))
         BN = keys if index.size % keys == 0 else 64
         blocks = triton.cdiv(launch.S, index.size)
         aligned = T % index.per_row == 0 and index.shift == 0
@@ -246,7 +251,7 @@ def backward(
             q, k, v, do, *tiles, lse2, delta, dk, dv,
             turned.lo, turned.mid, turned.hi, turned.entry, turned.pattern, index.table,
             index.plane, scale, T, launch.S, offset, index.shift, blocks, H, launch.G,
-            *index.shape, *strides, **dims, BM=step, BN=BN, BULK=bulk, **options,
+            *index.shape, *strides, **dims, BM=step, BN=BN, BULK=bulk, UPRIGHT=upright, **options,
         )  # fmt: skip
     return dq, dk, dv
 
