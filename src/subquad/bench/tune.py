@@ -31,7 +31,9 @@ def candidates(kernel: str, K: int, V: int, itemsize: int) -> Iterator[dict[str,
     """The configurations worth trying for one kernel."""
     k, v = configs.key_width(K), configs.key_width(V)
     if kernel == "prepare":
-        tried = [{"BK": 64, "num_warps": w} for w in (4, 8)]
+        tried = [
+            {"BK": 64, "num_warps": 4, **more} for more in ({}, {"maxnreg": 168}, {"maxnreg": 128})
+        ]
     elif kernel == "score_grads":
         tried = [{"BV": 64, "num_warps": w, "num_stages": s} for w, s in ((4, 1), (4, 2), (8, 1))]
     elif kernel == "grads":

@@ -18,7 +18,17 @@ from pathlib import Path
 import torch
 
 Config = Mapping[str, int]
-KERNELS = ("prepare", "scan", "scan_back", "combine", "score_grads", "grads", "step", "decode")
+KERNELS = (
+    "prepare",
+    "scan",
+    "scan_split",
+    "scan_back",
+    "combine",
+    "score_grads",
+    "grads",
+    "step",
+    "decode",
+)
 _forced: dict[str, Config] = {}  # of the process: the backward pass runs in other threads
 
 
@@ -92,9 +102,14 @@ def config(
 
 
 @cache
-def _config(kernel: str, arch: str, decay: str, delta: bool, K: int, V: int, itemsize: int):
+def _config(
+    kernel: str, arch: str, decay: str, delta: bool, K: int, V: int, itemsize: int
+) -> Config:
     name = key(kernel, decay=decay, delta=delta, K=K, V=V, itemsize=itemsize)
-    return table(arch).get(name) or safe(kernel, K=K, V=V, itemsize=itemsize)
+    found = table(arch).get(name)
+    if found is None and kernel == "scan_split":
+        return {**_config("scan", arch, decay, delta, K, V, itemsize), "fill": 1}
+    return found or safe(kernel, K=K, V=V, itemsize=itemsize)
 
 
 def safe(kernel: str, *, K: int, V: int, itemsize: int) -> Config:

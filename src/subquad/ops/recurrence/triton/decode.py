@@ -26,6 +26,7 @@ def _convolve(X, PAST, WEIGHT, NEXT, row, D, channel, ok, write, SIZE: tl.conste
     x = tl.load(X + row * D + channel, mask=ok, other=0.0).to(tl.float32)
     past = PAST + row * (SIZE - 1) * D + channel
     to = NEXT + row * (SIZE - 1) * D + channel
+    mine = ok & (channel < tl.where(write, D, 0))
     y = x * tl.load(WEIGHT + channel * SIZE + SIZE - 1, mask=ok, other=0.0).to(tl.float32)
     for n in tl.static_range(SIZE - 1):
         old = tl.load(past + n * D, mask=ok, other=0.0)
@@ -33,8 +34,8 @@ def _convolve(X, PAST, WEIGHT, NEXT, row, D, channel, ok, write, SIZE: tl.conste
             tl.float32
         )
         if n > 0:
-            tl.store(to + (n - 1) * D, old, mask=ok & write)
-    tl.store(to + (SIZE - 2) * D, x.to(NEXT.dtype.element_ty), mask=ok & write)
+            tl.store(to + (n - 1) * D, old, mask=mine)
+    tl.store(to + (SIZE - 2) * D, x.to(NEXT.dtype.element_ty), mask=mine)
     return y * tl.sigmoid(y)
 
 
@@ -65,7 +66,7 @@ def decode(
     k = _convolve(
         K_, KPAST, KW, KNEXT, row, HK * K, hk * K + c, c < K, leads & (h % (H // HK) == 0), SIZE
     )
-    v = _convolve(V_, VPAST, VW, VNEXT, row, H * V, h * V + r, r < V, True, SIZE)
+    v = _convolve(V_, VPAST, VW, VNEXT, row, H * V, h * V + r, r < V, block >= 0, SIZE)
     q *= tl.rsqrt(tl.sum(q * q, axis=0) + l2_eps)
     k *= tl.rsqrt(tl.sum(k * k, axis=0) + l2_eps)
 

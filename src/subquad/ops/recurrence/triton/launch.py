@@ -88,6 +88,11 @@ class Plan:
             self.dtype.itemsize,
         )  # fmt: skip
 
+    @property
+    def scan(self) -> configs.Config:
+        c = self.config("scan_split" if self.split else "scan")
+        return {n: x for n, x in c.items() if n != "fill"}
+
     def switches(self, **more) -> dict:
         return {
             "K": self.K, "V": self.V, "DECAY": NAMES[self.decay], "DELTA": self.delta,
@@ -124,10 +129,10 @@ def plan(
     N = B if cu is None else cu.shape[0] - 1
     size = triton.cdiv(T, C) * C
     if not whole:
-        arch = configs.arch(q.device)
-        c = configs.config("scan", arch, name, beta is not None, K, V, q.dtype.itemsize)
-        programs = N * H * triton.cdiv(V, c["BV"])
-        size = segment_length(T, programs, configs.processors(q.device))
+        arch, shape = configs.arch(q.device), (name, beta is not None, K, V, q.dtype.itemsize)
+        programs = N * H * triton.cdiv(V, configs.config("scan", arch, *shape)["BV"])
+        fill = configs.config("scan_split", arch, *shape)["fill"]
+        size = segment_length(T, programs, configs.processors(q.device), fill)
     table = chunk_table = first = None
     if cu is None:
         segments, chunks = B * triton.cdiv(T, size), B * triton.cdiv(T, C)
@@ -142,12 +147,13 @@ def plan(
     )  # fmt: skip
 
 
-def segment_length(T: int, programs: int, processors: int) -> int:
-    """Tokens of a segment: all where ``programs`` fill the GPU, else so that it is filled twice,
-    but not under 1024, where the extra pass costs more than it gives."""
-    if programs * 4 >= processors * 3:
-        return triton.cdiv(T, C) * C
-    parts = min(triton.cdiv(2 * processors, programs), max(1, T // 1024))
+def segment_length(T: int, programs: int, processors: int, fill: int) -> int:
+    """Tokens of a segment: all where ``programs`` fill the GPU, else so that each multiprocessor
+    gets up to ``fill`` of them, but not under 1024, where the extra pass costs more than it gives.
+    """
+    parts = 1
+    if programs * 4 < processors * 3:
+        parts = min(fill * processors // programs, max(1, T // 1024))
     return triton.cdiv(triton.cdiv(T, parts), C) * C
 
 
@@ -198,7 +204,7 @@ def prepared(p: Plan, q, k, decay, beta, scale: float, sizes: dict, back: bool) 
 
 def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, sizes, **outs) -> None:
     """One :func:`scan.scan`; the outputs that are given are written."""
-    c = p.config("scan")
+    c = p.scan
     blocks = triton.cdiv(p.V, c["BV"])
     split = outs.get("LOCAL") is not None
     if split and p.delta:
@@ -262,7 +268,7 @@ def carried(q, k, v, decay, beta, cu) -> tuple[Tensor, Tensor]:
 
 def link_rows(p: Plan) -> tuple[int, int]:
     """Rows of a segment's result, and the first of those that hold its transition."""
-    block = p.config("scan")["BV"]
+    block = p.scan["BV"]
     values = triton.cdiv(p.V, block) * block
     return values + (triton.cdiv(p.K, block) * block if p.delta else 0), values
 
