@@ -1,0 +1,229 @@
+"""The recurrence's GPU kernels beside flash-linear-attention and causal SDPA, in one run.
+
+    python benchmarks/recurrence.py --out benchmarks/results/recurrence.json --limit 600
+
+Each row is first checked against float64; a row that is not right stops the run before anything
+is printed. ``--limit`` bounds the whole run in seconds: rows go by importance, the file is written
+after each. The peer tunes itself for minutes, so each of its rows is a process with a limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from subquad.bench.recurrence import Case, gate
+from subquad.ops.recurrence import recurrence
+
+LONG = {"B": 1, "T": 32768, "H": 16, "K": 128, "V": 128}
+BATCH = {"B": 4, "T": 8192, "H": 16, "K": 128, "V": 128}
+SHORT = {"B": 8, "T": 1024, "H": 8, "K": 64, "V": 64}
+ROWS = {
+    "gated delta rule, batch": Case("head", True, **BATCH),
+    "delta rule, long": Case("none", True, **LONG),
+    "head decay, long": Case("head", False, **LONG),
+    "channel decay, batch": Case("channel", False, **BATCH),
+    "gated delta rule, long": Case("head", True, **LONG),
+    "channel decay, long": Case("channel", False, **LONG),
+    "gated delta rule, short": Case("head", True, **SHORT),
+    "head decay, short": Case("head", False, **SHORT),
+    "KDA, batch": Case("channel", True, **BATCH),
+    "gated delta rule, 64 value heads": Case(
+        "head", True, B=1, T=32768, H=64, K=128, V=128, groups=4
+    ),
+    "head decay, batch": Case("head", False, **BATCH),
+    "gated delta rule, 131072": Case("head", True, B=1, T=131072, H=16, K=128, V=128),
+    "gated delta rule, wide": Case("head", True, B=4, T=8192, H=8, K=256, V=256),
+}
+
+
+def median(run) -> float:
+    """Milliseconds."""
+    return triton.testing.do_bench(run, warmup=25, rep=100, return_mode="median")
+
+
+def leaves(case: Case) -> dict[str, Any]:
+    return {
+        n: t.requires_grad_() if t is not None and t.is_floating_point() else t
+        for n, t in case.draw("cuda").items()
+    }
+
+
+def times(run, inputs: dict[str, Any]) -> dict[str, float]:
+    """Forward, forward and backward (ms), peak bytes of the latter, seconds of the first calls."""
+    live = [t for t in inputs.values() if t is not None and t.requires_grad]
+
+    def forward():
+        with torch.no_grad():
+            return run(**inputs)
+
+    start = time.perf_counter()
+    do = torch.randn_like(forward())
+    torch.cuda.synchronize()
+    out = {"first_forward_s": time.perf_counter() - start}
+
+    def both():
+        return torch.autograd.grad(run(**inputs), live, do)
+
+    start = time.perf_counter()
+    try:
+        both()
+        torch.cuda.synchronize()
+        out["first_both_s"] = time.perf_counter() - start
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        out["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+        out["both_ms"] = median(both)
+    except Exception as error:
+        out["both_refused"] = f"{type(error).__name__}: {error}"[:160]
+    out["forward_ms"] = median(forward)
+    return out
+
+
+def ours(case: Case) -> dict[str, float]:
+    return times(lambda **x: recurrence(**x, backend="triton")[0], leaves(case))
+
+
+def peer(case: Case) -> dict[str, Any]:
+    """flash-linear-attention, in this process."""
+    import fla.ops.common.chunk_o
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.gla import chunk_gla
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    # It refuses its gated backward here: the compiler makes its gradients wrong. Timed all the same.
+    fla.ops.common.chunk_o.TRITON_ABOVE_3_7_1 = True
+    op = {
+        ("head", False): chunk_simple_gla,
+        ("channel", False): chunk_gla,
+        ("none", True): chunk_delta_rule,
+        ("head", True): chunk_gated_delta_rule,
+    }[case.decay, case.delta]
+
+    def run(q, k, v, decay, beta, state, cu_seqlens):
+        gates = {} if decay is None else {"g": decay}
+        return op(q, k, v, **gates, **({} if beta is None else {"beta": beta.to(v.dtype)}))[0]
+
+    found = times(run, leaves(case))
+    if case.decay == "head":
+        found["note"] = "its backward is refused here for wrong gradients; timed all the same"
+    return found
+
+
+def dense(case: Case) -> dict[str, float]:
+    """Causal softmax attention of the same shape, cuDNN."""
+    shape = (case.B, case.H, case.T, case.K)
+    q, k, v = (
+        torch.randn(shape, device="cuda", dtype=case.dtype, requires_grad=True) for _ in "qkv"
+    )
+
+    def run(q, k, v):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return times(run, {"q": q, "k": k, "v": v})
+
+
+def apart(row: str, limit: float) -> dict[str, Any]:
+    """The peer's row in a process of its own."""
+    if ROWS[row].decay == "channel" and ROWS[row].delta:
+        return {"skipped": "does not finish tuning in 5 minutes"}
+    command = [sys.executable, __file__, "--peer-row", row]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"skipped": f"not done in {limit:.0f} s"}
+    except (IndexError, ValueError):
+        return {"skipped": done.stderr.strip()[-200:] or "printed nothing"}
+
+
+def ceilings() -> dict[str, float]:
+    """Measured copy bandwidth (bytes read and written) and bf16 matrix rate."""
+    x = torch.empty(1 << 30, device="cuda", dtype=torch.bfloat16).normal_()
+    y = torch.empty_like(x)
+    copy = 2 * x.nbytes / (median(lambda: y.copy_(x)) * 1e-3)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return {"bandwidth": copy, "rate": 2 * 8192**3 / (median(lambda: a @ a) * 1e-3)}
+
+
+def versions() -> dict[str, str]:
+    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    found |= {"triton": triton.__version__, "date": date.today().isoformat()}
+    for name in ("flash-linear-attention", "fla-core"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def line(name: str, row: dict[str, Any]) -> str:
+    def ms(side: str, what: str) -> str:
+        value = row[side].get(what)
+        return f"{value:9.3f}" if value else "        -"
+
+    floor = row["floor_ms"] / row["ours"]["forward_ms"]
+    sides = "".join(f"{ms(s, 'forward_ms')}{ms(s, 'both_ms')} |" for s in ("ours", "peer", "dense"))
+    peak = row["ours"].get("peak_bytes", 0) / 2**30
+    return f"{name:34}|{sides} {floor:6.0%} {peak:7.2f}"
+
+
+def write(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recurrence.json"))
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds of the whole run")
+    parser.add_argument("--peer-limit", type=float, default=300.0, help="seconds of a peer's row")
+    parser.add_argument("--peer-row", choices=ROWS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peer_row:
+        print(json.dumps(peer(ROWS[arguments.peer_row])))
+        return
+    end = time.monotonic() + arguments.limit
+    measured = ceilings()
+    data: dict[str, Any] = {"made": versions(), "ceilings": measured, "rows": {}}
+    for name, case in ROWS.items():
+        try:
+            error = gate(case, "cuda")
+        except ValueError as wrong:
+            raise SystemExit(f"not printed: {wrong}") from None
+        data["rows"][name] = {
+            "case": case.name, "error": error, "ours": ours(case),
+            "floor_ms": 1e3 * case.floor(**measured), "dense": dense(case), "peer": {},
+        }  # fmt: skip
+        torch.cuda.empty_cache()
+        write(arguments.out, data)
+    for name, row in data["rows"].items():
+        left = min(arguments.peer_limit, end - time.monotonic())
+        row["peer"] = apart(name, left) if left > 5 else {"skipped": "the run's limit"}
+        write(arguments.out, data)
+    print(data["made"], {k: f"{v:.3g}" for k, v in measured.items()})
+    print(f"{'ms':34}|     ours fwd+bwd |     peer fwd+bwd |    dense fwd+bwd | floor/fwd GiB")
+    for name, row in data["rows"].items():
+        print(line(name, row))
+
+
+if __name__ == "__main__":
+    main()
