@@ -7,9 +7,9 @@ predict, on multi-query associative recall, with models small enough for a CPU:
 - ``hybrid``: linear mixers with a growing share of softmax layers, on recall and on text.
 
 Every model is trained with each learning rate and seed; a row is the best learning rate, the mean
-over the seeds. Deterministic; stopped at any time, the same command goes on. ``--group``, ``--lr``
-and ``--seed`` run a part, so that several processes can share the work; the plain command then
-finds all parts done and writes results/recall.json and the table in docs/evidence.md.
+over the seeds. Deterministic; stopped at any time, the same command goes on. ``--group``, ``--lr``,
+``--seed`` and ``--share I/N`` run a part, so that several processes can share the work; the plain
+command then finds all parts done and writes results/recall.json and the table in docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "recall.json"
 EVIDENCE = ROOT / "docs" / "evidence.md"
 START, END = "<!-- recall: written by benchmarks/recall.py -->", "<!-- recall ends -->"
 
-LRS = (1e-3, 3e-3)
+LRS = (3e-3,)
 SEEDS = (0,)
 BASE = Comparison(
     mixers=("softmax",),
@@ -41,13 +41,13 @@ BASE = Comparison(
     heads=1,
     mlp_dim=64,
     init_std=0.045,
-    steps=2000,
+    steps=1500,
     batch=32,
     eval_every=500,
     eval_batches=8,
     lengths=(),
 )
-RECALL = "mqar[vocab_size=256,length=128,pairs=32,dtype=float32]"
+RECALL = "mqar[vocab_size=256,length=128,pairs=16,dtype=float32]"
 # Mixers, each with its state at several sizes.
 SIZES = (
     *(f"based[feature_dim={d}]" for d in (4, 8, 16)),
@@ -87,12 +87,21 @@ GROUPS = {
 }
 
 
-def run(group: str, lr: float, seed: int, device: str, out: Path, console: Console) -> Results:
-    """One pass over a group; what is done already is kept."""
-    comparison = replace(GROUPS[group], lr=lr, seed=seed, device=device)
+def run(group: str, lr: float, seed: int, asked: argparse.Namespace, console: Console) -> Results:
+    """One pass over a group, or a share of it; what is done already is kept."""
+    comparison = replace(GROUPS[group], lr=lr, seed=seed, device=asked.device)
     console.print(f"[bold]{group}[/bold], lr {lr:g}, seed {seed}")
     with Display(console) as display:
-        return compare(comparison, out / f"{group}-lr{lr:g}-seed{seed}", display)
+        out = asked.out / f"{group}-lr{lr:g}-seed{seed}"
+        return compare(comparison, out, display, asked.share)
+
+
+def share(text: str) -> tuple[int, int]:
+    """``"2/8"``: the third of eight."""
+    first, _, processes = text.partition("/")
+    if not 0 <= int(first) < int(processes):
+        raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, got {text}")
+    return int(first), int(processes)
 
 
 def best(passes: dict[tuple[float, int], Results], task: str) -> list[dict[str, Any]]:
@@ -161,17 +170,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, choices=SEEDS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "recall")
+    parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N")
     asked = parser.parse_args()
     console, found = Console(), {}
     for group in GROUPS if asked.group is None else (asked.group,):
         passes = {
-            (lr, seed): run(group, lr, seed, asked.device, asked.out, console)
+            (lr, seed): run(group, lr, seed, asked, console)
             for lr in (LRS if asked.lr is None else (asked.lr,))
             for seed in (SEEDS if asked.seed is None else (asked.seed,))
         }
+        if asked.share != (0, 1):
+            continue
         tasks = next(iter(passes.values())).tasks
         found[group] = [row for task in tasks for row in best(passes, task)]
-    if asked.group is None and asked.lr is None and asked.seed is None:
+    if asked.group is asked.lr is asked.seed is None and asked.share == (0, 1):
         write_json(RESULTS, {"made": machine(), "groups": found})
         text = tables(found, machine())
         write_evidence(text)

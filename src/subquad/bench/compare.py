@@ -120,7 +120,12 @@ PRESETS = {
 }
 
 
-def compare(comparison: Comparison, out: Path, progress: Progress | None = None) -> Results:
+def compare(
+    comparison: Comparison,
+    out: Path,
+    progress: Progress | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Results:
     """Run what is missing of a comparison and return all of it.
 
     Args:
@@ -128,14 +133,22 @@ def compare(comparison: Comparison, out: Path, progress: Progress | None = None)
         out: the folder of results.json and of the training checkpoints.
         progress: is told ``{"cells", "cell", "index", "total", "done"}`` before each cell and,
             within it, what training and timing report.
+        share: ``(i, n)`` runs every n-th cell from the i-th on, so that n processes do the work
+            together; each writes its own results-i.json, which a later call for all gathers.
 
     Raises:
         ValueError: for names, options and sizes that do not fit, before any training.
     """
     check_device(comparison.device)
     tell = progress or (lambda event: None)
-    results = Results.load(out / "results.json")
-    cells = list(_cells(comparison))
+    first, processes = share
+    cells = list(_cells(comparison))[first::processes]
+    if processes == 1:
+        results = Results.load(out / "results.json")
+        for part in sorted(out.glob("results-*.json")):
+            results.cells |= Results.load(part).cells
+    else:
+        results = Results.load(out / f"results-{first}.json")
     results.order = [label for label, _ in comparison.entries()]
     names = {cell.name for cell in cells}
     results.cells = {name: cell for name, cell in results.cells.items() if name in names}
