@@ -106,7 +106,7 @@ def peer(case: Case) -> dict[str, Any]:
     from fla.ops.gla import chunk_gla
     from fla.ops.simple_gla import chunk_simple_gla
 
-    # It refuses its gated backward here: the compiler makes its gradients wrong. Timed all the same.
+    # It refuses its gated backward here for wrong gradients; timed all the same.
     fla.ops.common.chunk_o.TRITON_ABOVE_3_7_1 = True
     op = {
         ("head", False): chunk_simple_gla,
