@@ -255,8 +255,7 @@ _CARDS = (
     System(
         key="infllm_v2",
         name="InfLLM-V2",
-        paper="InfLLM-V2: "
-        "Dense-Sparse Switchable Attention for Seamless Short-to-Long Adaptation",
+        paper="InfLLM-V2: Dense-Sparse Switchable Attention for Seamless Short-to-Long Adaptation",
         arxiv="2509.24663",
         family="sparse",
         kind="mixer",
