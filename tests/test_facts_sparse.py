@@ -16,7 +16,7 @@ from subquad.mixers.masformer import full_layers
 from subquad.mixers.parts.rotary import rope_frequencies, rotate
 from subquad.mixers.power_attention import pattern
 from subquad.ops import select
-from subquad.ops.attention import attention, merge
+from subquad.ops.attention import attention, merge, windows
 from subquad.ops.attention.chosen import chosen
 from subquad.ops.attention.neighborhood import best_tile, neighborhood
 
@@ -188,6 +188,44 @@ class TestNeighborhood:
         far = [near[0], mixer("neighborhood", window=5, dilation=8)]
         assert influence(near, x, 32).sum() == 9
         assert influence(far, x, 32).sum() == 25
+
+    @pytest.mark.parametrize("copied", [1 << 22, 300])
+    def test_relative_bias(self, copied, monkeypatch):
+        """Added by the distance inside the dilation group, clamped windows included."""
+        monkeypatch.setattr(windows, "COPIED", copied)
+        grid, w, d, H = (7, 6), (3, 5), (2, 1), 2
+        q, k, v = (randn(2, *grid, H, 4).requires_grad_() for _ in range(3))
+        bias = randn(H, 5, 9).requires_grad_()
+        T = math.prod(grid)
+        rows, columns = torch.arange(T) // 6, torch.arange(T) % 6
+        apart = [(x[None] - x[:, None]) // s for x, s in ((rows, 2), (columns, 1))]
+        keep = mask.neighborhood(grid, w, dilation=d).dense(T, T)
+        added = bias[:, (apart[0] + 2).clamp(0, 4), (apart[1] + 4).clamp(0, 8)]
+        scores = torch.einsum("bihk,bjhk->bhij", q.flatten(1, 2), k.flatten(1, 2)) / 2 + added
+        weights = scores.masked_fill(~keep, -torch.inf).softmax(-1)
+        want = torch.einsum("bhij,bjhv->bihv", weights, v.flatten(1, 2)).unflatten(1, grid)
+        got = windows.biased_neighborhood(q, k, v, bias, w, dilation=d)
+        close(got, want)
+        inputs = (q, k, v, bias)
+        grads = (torch.autograd.grad(o.sin().sum(), inputs) for o in (got, want))
+        for a, b in zip(*grads):
+            close(a, b)
+        biased = mixer("neighborhood", window=w, dilation=d, relative_bias=True)
+        x = randn(1, T, DIM)
+        with torch.no_grad():
+            biased.relative_bias.zero_()
+        weights = {n: t for n, t in biased.state_dict().items() if n != "relative_bias"}
+        plain = mixer("neighborhood", window=w, dilation=d)
+        plain.load_state_dict(plain.translate(weights))
+        close(biased(x, grid=grid)[0], plain(x, grid=grid)[0])
+        for options, message in (
+            ({"window": (3, 3), "registers": 2}, "relative_bias takes no"),
+            ({"window": 3, "causal": True}, "relative_bias takes no"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                mixer("neighborhood", relative_bias=True, **options)
+        with pytest.raises(ValueError, match="window must be odd"):
+            mixer("neighborhood", relative_bias=True, window=(4, 3))(x, grid=grid)
 
     def test_sorting_is_chosen_where_it_pays(self):
         assert best_tile(axes((32, 32), 7), "cpu") is None

@@ -36,3 +36,5 @@ class GNA(NeighborhoodAttention):
         super().__init__(dim=dim, window=window, **options)
         self.stride = self._spread(stride)
         self._least_grid()
+        if self.relative_bias is not None and set(self.stride) != {1}:
+            raise ValueError(f"relative_bias takes a stride of 1, got {self.stride}")

@@ -21,6 +21,7 @@ from subquad.mixers.parts.past import Span
 from subquad.ops import checks
 from subquad.ops.attention import attention, merge
 from subquad.ops.attention.neighborhood import neighborhood
+from subquad.ops.attention.windows import biased_neighborhood
 
 
 class NeighborhoodAttention(Mixer):
@@ -37,6 +38,9 @@ class NeighborhoodAttention(Mixer):
         heads: H; kv_heads: G, a divisor of H, H where None; head_dim: K, C / H where None.
         registers: M, learned tokens that every token sees beside its neighbors, as keys and values
             of the same projections.
+        relative_bias: a learned bias by the distance on each axis, as NAT and DiNAT have; for odd
+            windows that are not causal, and without registers or grouped heads. Its windows are
+            gathered, not computed in tiles.
         scale: of the scores; K^-0.5 where None.
         bias: of the projections.
     """
@@ -54,6 +58,7 @@ class NeighborhoodAttention(Mixer):
         kv_heads: int | None = None,
         head_dim: int | None = None,
         registers: int = 0,
+        relative_bias: bool = False,
         scale: float | None = None,
         bias: bool = True,
     ) -> None:
@@ -77,6 +82,12 @@ class NeighborhoodAttention(Mixer):
         self.v_proj = nn.Linear(dim, kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * head_dim, dim, bias=bias)
         self.registers = nn.Parameter(0.02 * torch.randn(registers, dim)) if registers else None
+        self.relative_bias = None
+        if relative_bias:
+            if any(self.axes_causal) or registers or kv_heads != heads:
+                raise ValueError("relative_bias takes no causal axes, registers or kv_heads")
+            shape = heads, *(2 * w - 1 for w in self.window)
+            self.relative_bias = nn.Parameter(0.02 * torch.randn(shape))
 
     def _spread(self, value):
         return (value,) * len(self.window) if isinstance(value, (int, bool)) else tuple(value)
@@ -90,14 +101,15 @@ class NeighborhoodAttention(Mixer):
 
     @classmethod
     def translate(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The authors' ``qkv`` and ``proj`` under our names."""
+        """The authors' ``qkv``, ``proj`` and ``rpb`` under our names."""
         out: dict[str, Tensor] = {}
         for name, t in weights.items():
             layer, _, kind = name.partition(".")
             if layer == "qkv":
                 out |= {f"{n}_proj.{kind}": part for n, part in zip("qkv", t.chunk(3))}
             else:
-                out[name.replace("proj", "o_proj") if layer == "proj" else name] = t
+                name = {"proj": f"o_proj.{kind}", "rpb": "relative_bias"}.get(layer, name)
+                out[name] = t
         return out
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -127,6 +139,16 @@ class NeighborhoodAttention(Mixer):
         if len(grid) != len(self.window):
             raise ValueError(f"grid must have {len(self.window)} axes as window has, got {grid}")
         q, k, v = (t.unflatten(1, grid) for t in (q, k, v))
+        if self.relative_bias is not None:
+            return biased_neighborhood(
+                q,
+                k,
+                v,
+                self.relative_bias,
+                self.window,
+                dilation=self.dilation,
+                scale=self.scale,
+            ).flatten(1, -3)
         o = neighborhood(
             q,
             k,
