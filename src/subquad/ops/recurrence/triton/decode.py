@@ -21,21 +21,21 @@ SIGMOID, SILU = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _convolve(X, PAST, WEIGHT, NEXT, row, D, channel, ok, write, SIZE: tl.constexpr):
+def _convolve(X, PAST, WEIGHT, NEXT, row, D, channel, ok, write, WINDOW: tl.constexpr):
     """silu of the causal convolution at one token; ``write`` moves the window on."""
     x = tl.load(X + row * D + channel, mask=ok, other=0.0).to(tl.float32)
-    past = PAST + row * (SIZE - 1) * D + channel
-    to = NEXT + row * (SIZE - 1) * D + channel
+    past = PAST + row * (WINDOW - 1) * D + channel
+    to = NEXT + row * (WINDOW - 1) * D + channel
     mine = ok & (channel < tl.where(write, D, 0))
-    y = x * tl.load(WEIGHT + channel * SIZE + SIZE - 1, mask=ok, other=0.0).to(tl.float32)
-    for n in tl.static_range(SIZE - 1):
+    y = x * tl.load(WEIGHT + channel * WINDOW + WINDOW - 1, mask=ok, other=0.0).to(tl.float32)
+    for n in tl.static_range(WINDOW - 1):
         old = tl.load(past + n * D, mask=ok, other=0.0)
-        y += old.to(tl.float32) * tl.load(WEIGHT + channel * SIZE + n, mask=ok, other=0.0).to(
+        y += old.to(tl.float32) * tl.load(WEIGHT + channel * WINDOW + n, mask=ok, other=0.0).to(
             tl.float32
         )
         if n > 0:
             tl.store(to + (n - 1) * D, old, mask=mine)
-    tl.store(to + (SIZE - 2) * D, x.to(NEXT.dtype.element_ty), mask=mine)
+    tl.store(to + (WINDOW - 2) * D, x.to(NEXT.dtype.element_ty), mask=mine)
     return y * tl.sigmoid(y)
 
 
@@ -44,7 +44,7 @@ def decode(
     Q, K_, V_, QPAST, KPAST, VPAST, QW, KW, VW, QNEXT, KNEXT, VNEXT,
     DECAY_IN, A_LOG, DT_BIAS, BETA, S_, GATE, NORM, Y,
     scale, beta_scale, l2_eps, norm_eps, H, HQ, HK,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, SIZE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, WINDOW: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (V + BV - 1) // BV
@@ -61,12 +61,12 @@ def decode(
 
     leads = block == 0
     q = _convolve(
-        Q, QPAST, QW, QNEXT, row, HQ * K, hq * K + c, c < K, leads & (h % (H // HQ) == 0), SIZE
+        Q, QPAST, QW, QNEXT, row, HQ * K, hq * K + c, c < K, leads & (h % (H // HQ) == 0), WINDOW
     )
     k = _convolve(
-        K_, KPAST, KW, KNEXT, row, HK * K, hk * K + c, c < K, leads & (h % (H // HK) == 0), SIZE
+        K_, KPAST, KW, KNEXT, row, HK * K, hk * K + c, c < K, leads & (h % (H // HK) == 0), WINDOW
     )
-    v = _convolve(V_, VPAST, VW, VNEXT, row, H * V, h * V + r, r < V, block >= 0, SIZE)
+    v = _convolve(V_, VPAST, VW, VNEXT, row, H * V, h * V + r, r < V, block >= 0, WINDOW)
     q *= tl.rsqrt(tl.sum(q * q, axis=0) + l2_eps)
     k *= tl.rsqrt(tl.sum(k * k, axis=0) + l2_eps)
 
@@ -171,7 +171,7 @@ def _decode(
         None if beta is None else beta.contiguous(), state,
         None if gate is None else gate.contiguous(), norm, y,
         scale, beta_scale, l2_eps, norm_eps, H, q.shape[1], k.shape[1],
-        K=K, V=V, BK=configs.width(K), SIZE=weights[0].shape[1],
+        K=K, V=V, BK=configs.width(K), WINDOW=weights[0].shape[1],
         DECAY=CHANNEL.value if name == "channel" else HEAD.value, DELTA=beta is not None,
         ACTIVATION=0 if gate is None else {"sigmoid": 1, "silu": 2}[activation], **c,
     )  # fmt: skip

@@ -144,6 +144,28 @@ def grads(
             tail = 0.0
         for column in range(0, K, BK):
             columns = column + tl.arange(0, BK)
+            dq = tl.zeros([C, BK], tl.float32)
+            dk = tl.zeros([C, BK], tl.float32)
+            z = tl.zeros([C, BK], tl.float32)
+            forget = tl.zeros([BK], tl.float32)
+            for value in range(0, V, BV):
+                r = value + tl.arange(0, BV)[:, None]
+                ok = (r < V) & (columns[None, :] < K)
+                at = place * (V * K) + r * K + columns[None, :]
+                S = tl.load(HS + at, mask=ok, other=0.0)
+                dS = tl.load(DHS + at, mask=ok, other=0.0)
+                do = tile(DO, first, left, H, h, value, V, C, BV)
+                dq = tl.dot(do, S, dq, input_precision=PRECISION)
+                if DELTA:
+                    d = tile(D_, first, left, H, h, value, V, C, BV)
+                    f = tile(F_, first, left, H, h, value, V, C, BV)
+                    z = tl.dot(f, S, z, input_precision=PRECISION)
+                else:
+                    d = tile(V_, first, left, HV, hv, value, V, C, BV)
+                dk = tl.dot(d, dS, dk, input_precision=PRECISION)
+                if DECAY != NONE:
+                    forget += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
+
             q = tile(Q, first, left, HQ, hq, column, K, C, BK)
             k = tile(K_, first, left, HK, hk, column, K, C, BK)
             a = block(DA, chunk, H, h, 0, C, C, C)
@@ -153,93 +175,49 @@ def grads(
                 g = tile(G_, first, left, HD, hd, column, K, C, BK)
                 Gc = summed(g, C, EXACT)
                 factors = GS + place * (3 * K) + columns
-                rises = tl.load(factors + K, mask=columns < K, other=0.0)[None, :]
-                falls = tl.load(factors + 2 * K, mask=columns < K, other=0.0)[None, :]
-                middle = tl.sum(tl.where(n[:, None] < C // 2, g, 0.0), axis=0)[None, :]
-
-            # One accumulator after the other: three at once would not fit the registers.
-            dk = tl.zeros([C, BK], tl.float32)
-            forget = tl.zeros([BK], tl.float32)
-            for value in range(0, V, BV):
-                r = value + tl.arange(0, BV)[:, None]
-                ok = (r < V) & (columns[None, :] < K)
-                at = place * (V * K) + r * K + columns[None, :]
-                dS = tl.load(DHS + at, mask=ok, other=0.0)
-                if DELTA:
-                    d = tile(D_, first, left, H, h, value, V, C, BV)
-                else:
-                    d = tile(V_, first, left, HV, hv, value, V, C, BV)
-                dk = tl.dot(d, dS, dk, input_precision=PRECISION)
-                if DECAY != NONE:
-                    S = tl.load(HS + at, mask=ok, other=0.0)
-                    both = S.to(tl.float32) * dS.to(tl.float32)
-                    if DECAY == CHANNEL:
-                        forget += tl.sum(both, axis=0)
-                    else:
-                        tail += tl.sum(tl.sum(both, axis=1), axis=0) * whole
-            if DECAY == CHANNEL:
                 ends = forget * tl.load(factors, mask=columns < K, other=0.0)
-                up = tl.exp(Gc - middle)
-                down = tl.exp(middle - Gc)
                 if STRONG:
-                    last = tl.sum(g, axis=0)[None, :]
-                    dk *= tl.exp(last - Gc)
+                    last = tl.sum(g, axis=0)
+                    dq *= tl.exp(Gc) * scale
+                    z *= tl.exp(Gc)
+                    dk *= tl.exp(last[None, :] - Gc)
                     ends += tl.sum(dk * k, axis=0)
+                    yb = y if DELTA else a
+                    if DELTA:
+                        yb = (y * -beta[:, None]).to(kind)
+                    dq, dk, z = _exact(q, k, Gc, a, y if DELTA else a, yb, dq, dk, z,
+                                       DELTA, C, BK, PRECISION)  # fmt: skip
                 else:
+                    middle = tl.sum(tl.where(n[:, None] < C // 2, g, 0.0), axis=0)
+                    rises = tl.load(factors + K, mask=columns < K, other=0.0)[None, :]
+                    falls = tl.load(factors + 2 * K, mask=columns < K, other=0.0)[None, :]
+                    up = tl.exp(Gc - middle[None, :])
+                    down = tl.exp(middle[None, :] - Gc)
+                    kd = k * down
                     dk *= falls
-                    ends += tl.sum(dk * (k * down), axis=0)
-                    qu = (q * up).to(kind)
-                    dk = tl.dot(tl.trans(a), qu, dk, input_precision=PRECISION)
+                    ends += tl.sum(dk * kd, axis=0)
+                    kd = kd.to(kind)
+                    dk = tl.dot(tl.trans(a), (q * up).to(kind), dk, input_precision=PRECISION)
+                    dq = up * tl.dot(a, kd, dq * (rises * scale), input_precision=PRECISION)
                     if DELTA:
                         kb = (k * up * -beta[:, None]).to(kind)
                         dk = tl.dot(tl.trans(y), kb, dk, input_precision=PRECISION)
-                    dk *= down
-            else:
-                if DECAY == HEAD:
-                    dk *= fall[:, None]
-                    tail += tl.sum(tl.sum(dk * k, axis=1), axis=0)
-                dk = tl.dot(tl.trans(a), q, dk, input_precision=PRECISION)
-                if DELTA:
-                    kb = (k * -beta[:, None]).to(kind)
-                    dk = tl.dot(tl.trans(y), kb, dk, input_precision=PRECISION)
-
-            dq = tl.zeros([C, BK], tl.float32)
-            for value in range(0, V, BV):
-                r = value + tl.arange(0, BV)[:, None]
-                ok = (r < V) & (columns[None, :] < K)
-                S = tl.load(HS + place * (V * K) + r * K + columns[None, :], mask=ok, other=0.0)
-                do = tile(DO, first, left, H, h, value, V, C, BV)
-                dq = tl.dot(do, S, dq, input_precision=PRECISION)
-            z = tl.zeros([C, BK], tl.float32)
-            if DELTA:
-                for value in range(0, V, BV):
-                    r = value + tl.arange(0, BV)[:, None]
-                    ok = (r < V) & (columns[None, :] < K)
-                    S = tl.load(HS + place * (V * K) + r * K + columns[None, :], mask=ok, other=0.0)
-                    f = tile(F_, first, left, H, h, value, V, C, BV)
-                    z = tl.dot(f, S, z, input_precision=PRECISION)
-            if DECAY == CHANNEL:
-                if STRONG:
-                    dq *= tl.exp(Gc) * scale
-                    z *= tl.exp(Gc)
-                    other = y if DELTA else a
-                    other_b = (other * -beta[:, None]).to(kind) if DELTA else a
-                    dq, dk, z = _exact(
-                        q, k, Gc, a, other, other_b, dq, dk, z, DELTA, C, BK, PRECISION
-                    )
-                else:
-                    kd = (k * down).to(kind)
-                    dq = up * tl.dot(a, kd, dq * (rises * scale), input_precision=PRECISION)
-                    if DELTA:
                         z = up * tl.dot(y, kd, z * rises, input_precision=PRECISION)
+                    dk *= down
             else:
                 dq *= scale
                 if DECAY == HEAD:
                     dq *= rise[:, None]
                     z *= rise[:, None]
+                    dk *= fall[:, None]
+                    tail += tl.sum(tl.sum(dk * k, axis=1), axis=0)
+                    tail += tl.sum(forget, axis=0) * whole
                 dq = tl.dot(a, k, dq, input_precision=PRECISION)
+                dk = tl.dot(tl.trans(a), q, dk, input_precision=PRECISION)
                 if DELTA:
                     z = tl.dot(y, k, z, input_precision=PRECISION)
+                    kb = (k * -beta[:, None]).to(kind)
+                    dk = tl.dot(tl.trans(y), kb, dk, input_precision=PRECISION)
 
             put(DQ, dq, first, left, H, h, column, K, C, BK)
             if DECAY != NONE:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
-import triton
 from torch import Tensor
 
 from subquad.ops.recurrence.triton import configs
@@ -19,6 +19,11 @@ SHORT = 4096  # tokens up to which a launch weighs more than computing the score
 NAMES = {"none": 0, "head": 1, "channel": 2}
 # exp(LIMIT) and its inverse times an input stay representable (see prepare.py).
 LIMITS = {torch.float16: 6.0, torch.bfloat16: 80.0, torch.float32: 80.0}
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up (triton.cdiv costs microseconds on the host)."""
+    return -(-a // b)
 
 
 def slots(cu: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
@@ -64,9 +69,9 @@ class Plan:
     size: int  # tokens of a segment
     segments: int
     chunks: int
-    table: Tensor | None
-    chunk_table: Tensor | None
-    first: Tensor | None
+    table: Tensor | None = None
+    chunk_table: Tensor | None = None
+    first: Tensor | None = None
 
     @property
     def split(self) -> bool:
@@ -122,29 +127,31 @@ def plan(
     A sequence is split where its heads and value blocks alone would leave the GPU idle, never if
     ``whole``. ``tables`` makes those of packed sequences.
     """
-    B, T, _, K = q.shape
-    V = v.shape[3]
+    B, T = q.shape[:2]
+    K, V = int(q.shape[3]), int(v.shape[3])  # the kernels' constants, also while compiling
     H = max(t.shape[2] for t in (q, k, v, decay, beta) if t is not None)
     name = "none" if decay is None else "channel" if decay.dim() == 4 else "head"
     N = B if cu is None else cu.shape[0] - 1
-    size = triton.cdiv(T, C) * C
+    size = cdiv(T, C) * C
     if not whole:
         arch, shape = configs.arch(q.device), (name, beta is not None, K, V, q.dtype.itemsize)
-        programs = N * H * triton.cdiv(V, configs.config("scan", arch, *shape)["BV"])
+        programs = N * H * cdiv(V, configs.config("scan", arch, *shape)["BV"])
         fill = configs.config("scan_split", arch, *shape)["fill"]
         size = segment_length(T, programs, configs.processors(q.device), fill)
-    table = chunk_table = first = None
-    if cu is None:
-        segments, chunks = B * triton.cdiv(T, size), B * triton.cdiv(T, C)
-    else:
+    make = _plan if all(type(n) is int for n in (B, T, H, N, size)) else _plan.__wrapped__
+    p = make(B, T, H, K, V, N, name, beta is not None, q.dtype, q.device, size, cu is not None)
+    if cu is None or not tables:
+        return p
+    table, first = slots(cu, p.size, p.segments)
+    return replace(p, table=table, first=first, chunk_table=slots(cu, C, p.chunks)[0])
+
+
+@lru_cache(maxsize=256)
+def _plan(B, T, H, K, V, N, decay, delta, dtype, device, size, packed) -> Plan:
+    segments, chunks = B * cdiv(T, size), B * cdiv(T, C)
+    if packed:
         segments, chunks = N + T // size, N + T // C
-        if tables:
-            table, first = slots(cu, size, segments)
-            chunk_table, _ = slots(cu, C, chunks)
-    return Plan(
-        B, T, H, K, V, N, name, beta is not None, q.dtype, q.device, size, segments, chunks,
-        table, chunk_table, first,
-    )  # fmt: skip
+    return Plan(B, T, H, K, V, N, decay, delta, dtype, device, size, segments, chunks)
 
 
 def segment_length(T: int, programs: int, processors: int, fill: int) -> int:
@@ -154,7 +161,7 @@ def segment_length(T: int, programs: int, processors: int, fill: int) -> int:
     parts = 1
     if programs * 4 < processors * 3:
         parts = min(fill * processors // programs, max(1, T // 1024))
-    return triton.cdiv(triton.cdiv(T, parts), C) * C
+    return cdiv(cdiv(T, parts), C) * C
 
 
 def counts(p: Plan, q, k, v, decay, beta) -> dict:
@@ -205,10 +212,10 @@ def prepared(p: Plan, q, k, decay, beta, scale: float, sizes: dict, back: bool) 
 def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, sizes, **outs) -> None:
     """One :func:`scan.scan`; the outputs that are given are written."""
     c = p.scan
-    blocks = triton.cdiv(p.V, c["BV"])
+    blocks = cdiv(p.V, c["BV"])
     split = outs.get("LOCAL") is not None
     if split and p.delta:
-        blocks += triton.cdiv(p.K, c["BV"])
+        blocks += cdiv(p.K, c["BV"])
     scan[(p.segments * blocks, p.H)](
         q, k, v, decay, ready.A, ready.M, ready.W, ready.QG, ready.KG, ready.GS, init, p.table,
         *(outs.get(n) for n in ("O", "D", "HS", "FINAL", "LOCAL", "TOTAL")),
@@ -224,7 +231,7 @@ def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, sizes, **outs) 
 
 def run_combine(p: Plan, local, local_rows, link, link_rows, link_row, init, out, back) -> None:
     c = p.config("combine")
-    combine[(p.N * triton.cdiv(p.V, c["BV"]), p.H)](
+    combine[(p.N * cdiv(p.V, c["BV"]), p.H)](
         local, link, init, p.first, out, p.T, p.size, p.H,
         **p.switches(
             BK=configs.key_width(p.K), LOCAL_ROWS=local_rows, LINK_ROWS=link_rows,
@@ -244,7 +251,7 @@ def forward(
     o = v.new_empty(p.B, p.T, p.H, p.V)
     final = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
     args = (p, q, k, v, decay, prepared(p, q, k, decay, beta, scale, sizes, back=False))
-    starts, link = carried(q, k, v, decay, beta, cu)
+    starts, link = carried(p, v)
     if p.split:
         rows, from_row = link_rows(p)
         local = link if p.delta else v.new_empty(p.segments, p.H, rows, p.K, dtype=torch.float32)
@@ -255,9 +262,8 @@ def forward(
     return o, final, starts, link
 
 
-def carried(q, k, v, decay, beta, cu) -> tuple[Tensor, Tensor]:
-    """Empty tensors of the shapes of :func:`forward`'s last two results."""
-    p = plan(q, k, v, decay, beta, cu, tables=False)
+def carried(p: Plan, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for :func:`forward`'s last two results."""
     if not p.split:
         return v.new_empty(0, dtype=torch.float32), v.new_empty(0, dtype=torch.float32)
     starts = v.new_empty(p.segments, p.H, p.K, p.V, dtype=torch.float32)
@@ -269,8 +275,8 @@ def carried(q, k, v, decay, beta, cu) -> tuple[Tensor, Tensor]:
 def link_rows(p: Plan) -> tuple[int, int]:
     """Rows of a segment's result, and the first of those that hold its transition."""
     block = p.scan["BV"]
-    values = triton.cdiv(p.V, block) * block
-    return values + (triton.cdiv(p.K, block) * block if p.delta else 0), values
+    values = cdiv(p.V, block) * block
+    return values + (cdiv(p.K, block) * block if p.delta else 0), values
 
 
 def backward(
@@ -332,7 +338,7 @@ def backward(
 def run_back(p: Plan, q, k, decay, do, ready: Ready, init, scale, sizes, **outs) -> None:
     """One :func:`scan.scan_back`; the outputs that are given are written."""
     c = p.config("scan_back")
-    scan_back[(p.segments * triton.cdiv(p.V, c["BV"]), p.H)](
+    scan_back[(p.segments * cdiv(p.V, c["BV"]), p.H)](
         q, k, decay, do, ready.A, ready.P, ready.W, ready.QG, ready.KG, ready.GS, init, p.table,
         *(outs.get(n) for n in ("OUT", "HS", "START", "LOCAL")),
         scale, p.T, p.size, **pick(sizes, "H", "HQ", "HK", "HD"),
@@ -350,7 +356,7 @@ def steps(q, k, v, decay, beta, state, cu, *, scale: float) -> tuple[Tensor, Ten
     o = v.new_empty(p.B, p.T, p.H, p.V)
     final = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
     c = p.config("step")
-    step[(p.N * triton.cdiv(p.V, c["BV"]), p.H)](
+    step[(p.N * cdiv(p.V, c["BV"]), p.H)](
         q, k, v, decay, beta, state, p.table, o, final, scale, p.T,
         **counts(p, q, k, v, decay, beta),
         **p.switches(BK=configs.width(p.K), HAS_INIT=state is not None), **c,

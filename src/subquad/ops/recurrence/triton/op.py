@@ -121,8 +121,8 @@ def _(q, k, v, decay, beta, state, cu_seqlens, scale):
 
 @_forward.register_fake
 def _(q, k, v, decay, beta, state, cu_seqlens, scale):
-    carried = launch.carried(q, k, v, decay, beta, cu_seqlens)
-    return *_ends(q, k, v, decay, beta, cu_seqlens), *carried
+    p = launch.plan(q, k, v, decay, beta, cu_seqlens, tables=False)
+    return *_ends(q, k, v, decay, beta, cu_seqlens), *launch.carried(p, v)
 
 
 @_backward.register_fake
