@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import platform
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def vertical_slash(small: bool) -> Problem:
     T, H, columns, slashes = (2048, 2, 40, 4) if small else (131072, 8, 1000, 24)
     M, R = 64, T // 64
     far = torch.randperm(T // 256, device="cuda")[:slashes].sort(descending=True)[0]
-    far = far * 256 + 37  # spans that begin anywhere
+    far = (far + 1) * 256 + 37  # spans that begin anywhere
     distance = torch.cat([far, torch.tensor([64, 0], device="cuda")])
     end = (torch.arange(R, device="cuda")[:, None] + 1) * M
     starts = end - distance - M
@@ -376,7 +377,19 @@ def cpu() -> dict[str, Any]:
     row["ours_both"] = once(forward_backward(sparse, [q, k, v]), 3)
     row["dense_both"] = once(forward_backward(dense, [q, k, v]), 1)
     row["threads"] = torch.get_num_threads()
+    row["memory"] = {T: memory(T) for T in (65536, 131072, 262144)}
     return row
+
+
+def memory(T: int) -> int:
+    """Bytes a token that a forward and backward pass adds to the process's peak (H2 D64): rising
+    lengths in one process, so that each sets the peak anew."""
+    q, k, v = (torch.randn(1, T, 2, 64, requires_grad=True) for _ in range(3))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    forward_backward(lambda: attention(q, k, v, mask.causal() & mask.window(511)), [q, k, v])()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak * 1024 - held) // T if peak > before else 0
 
 
 def main() -> None:
@@ -396,6 +409,8 @@ def main() -> None:
         for key, name in (("", "forward"), ("_both", "forward + backward")):
             mine, theirs = row[f"ours{key}"], row[f"dense{key}"]
             print(f"{name}: {mine:.0f} ms, dense {theirs:.0f} ms: {theirs / mine:.1f}x")
+        for T, bytes_ in row["memory"].items():
+            print(f"{T} tokens, H2 D64: {bytes_ or 'no more'} bytes a token, forward + backward")
         rows, device = [row], platform.processor() or platform.machine()
     else:
         device = torch.cuda.get_device_name()

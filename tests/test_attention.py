@@ -1,6 +1,10 @@
 import importlib
 import itertools
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,3 +307,18 @@ def test_bad_packing():
     cu = torch.tensor([0, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match="no offset"):
         attention(q, k, v, mask.causal(), cu_seqlens=cu, offset=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs them on the GPU")
+def test_kernels_in_the_interpreter():
+    """The kernels' own tests on the CPU. Triton reads the variable when it is imported, so they
+    run in a process of their own."""
+    path = Path(__file__).parent / "gpu" / "test_attention.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", str(path)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

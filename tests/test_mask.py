@@ -100,6 +100,24 @@ def test_masks_are_values():
         a.parts = ()
 
 
+def test_show(capsys):
+    m = mask.causal() & (mask.window(1) | mask.sinks(1))
+    assert m.show(4) == "█   \n██  \n███ \n█ ██"
+    assert capsys.readouterr().out == "█   \n██  \n███ \n█ ██\n"
+    large = mask.causal().show(1000).split("\n")
+    assert len(large) == 63
+    assert large[0] == "▒" + " " * 62
+    assert large[-1][:62] == "█" * 62
+    two = mask.per_head([mask.full(), mask.causal()])
+    assert two.show(2) == "█▒\n██"
+    pyplot = pytest.importorskip("matplotlib.figure")
+    ax = pyplot.Figure().add_subplot()
+    assert m.show(300, ax=ax) is ax
+    assert len(ax.images) == 1
+    with pytest.raises(ValueError, match="length 5"):
+        mask.documents([0, 1]).show(5)
+
+
 def test_tiles_of_a_window_are_found_quickly_and_without_the_square():
     """131,072 tokens: the dense mask would be 17 GB."""
     m = mask.causal() & mask.window(1023)

@@ -92,6 +92,19 @@ class Mask:
         """Pairs kept, summed over the planes: a head's FLOPs are ``2 (K + V)`` times this."""
         return self.tiles(T, S, 64, offset).area
 
+    def show(self, T: int, S: int | None = None, offset: int | None = None, ax: Any = None) -> Any:
+        """Draw the mask: on the matplotlib axes ``ax``, which are returned, or else as text, which
+        is printed and returned. Masks that differ over batch or heads are averaged."""
+        from subquad.mask import show
+
+        S = T if S is None else S
+        self.check(T, S, offset)
+        if ax is not None:
+            return show.draw(self, T, S, offset, ax)
+        picture = show.text(self, T, S, offset)
+        print(picture)
+        return picture
+
     def check(self, T: int, S: int, offset: int | None = None) -> int:
         """The offset, once the mask is known to fit.
 
