@@ -77,6 +77,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, offset: int
 ) -> tuple[Tensor, Tensor]:
     walk = plan(mask, q.shape[0], q.shape[1], k.shape[1], offset)
+    if len(walk.heads) == 1:
+        return _forward(q, k, v, walk, walk.heads[0][1], scale)
     o = v.new_zeros(*q.shape[:3], v.shape[3])
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=_accumulator(q.dtype))
     for heads, keys, batches in walk.head_groups(q.shape[2], k.shape[2]):
@@ -95,7 +97,10 @@ def backward(
     # A row without keys: exp(s - inf) = 0, and nothing that comes back may touch that.
     dlse = dlse.to(dtype).masked_fill(unseen, 0)
     lse = lse.masked_fill(unseen, torch.inf)
-    delta = (do.to(dtype) * o.to(dtype)).sum(-1) - dlse
+    delta = torch.linalg.vecdot(do.to(dtype), o.to(dtype)) - dlse
+    if len(walk.heads) == 1:
+        dq, dk, dv = _backward([q, do, lse, delta], [k, v], walk, walk.heads[0][1], scale)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
     dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
     for heads, keys, batches in walk.head_groups(q.shape[2], k.shape[2]):
         by_query = [_pick(x, heads) for x in (q, do, lse, delta)]
