@@ -41,21 +41,24 @@ def dispatch(
     slot = (tiles.cumsum(0) - tiles)[group[order]] * tile + place
     total = int(tiles.sum())
     rows = q.new_zeros(total * tile, K, dtype=wide)
-    rows[slot] = q.reshape(-1, K)[order].to(wide)
-    of = torch.arange(H * C, device=q.device).repeat_interleave(tiles)
-    chunk, head = of % C, of // C * G // H
+    rows.index_copy_(0, slot, q.reshape(-1, K).index_select(0, order).to(wide))
     rows = rows.view(total, tile, K)
+    # Of each tile the chunk, in the order of key heads.
+    of = torch.arange(H * C, device=q.device).repeat_interleave(tiles)
+    of = of // C * G // H * C + of % C
+    k, v = (x.movedim(2, 0).flatten(0, 1).to(wide) for x in (k, v))
     o, lse = rows.new_empty(total, tile, V), rows.new_empty(total, tile, 1)
     step = max(1, AT_ONCE // (tile * length + 2 * length * K))
     for i in range(0, total, step):
         here = slice(i, i + step)
-        keys, values = (x[chunk[here], :, head[here]].to(wide) for x in (k, v))
+        keys, values = (x.index_select(0, of[here]) for x in (k, v))
         scores = scale * (rows[here] @ keys.mT)
         lse[here] = scores.logsumexp(-1, keepdim=True)
         o[here] = (scores - lse[here]).exp_() @ values
     back = torch.empty_like(slot)
     back[order] = slot
-    o, lse = o.view(-1, V)[back].view(n, H, p, V), lse.view(-1)[back].view(n, H, p)
+    o = o.view(-1, V).index_select(0, back).view(n, H, p, V)
+    lse = lse.view(-1)[back].view(n, H, p)
     whole = lse.logsumexp(-1)
     weights = (lse - whole[..., None]).exp()
     return torch.einsum("nhp,nhpv->nhv", weights, o).to(v.dtype), whole
