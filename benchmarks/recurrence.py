@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
 from pathlib import Path
@@ -62,27 +63,22 @@ def leaves(case: Case) -> dict[str, Any]:
     }
 
 
-def times(run, inputs: dict[str, Any]) -> dict[str, float]:
-    """Forward, forward and backward (ms), peak bytes of the latter, seconds of the first calls."""
+def times(run, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Forward, forward and backward (ms), peak bytes of the latter."""
     live = [t for t in inputs.values() if t is not None and t.requires_grad]
 
     def forward():
         with torch.no_grad():
             return run(**inputs)
 
-    start = time.perf_counter()
     do = torch.randn_like(forward())
-    torch.cuda.synchronize()
-    out = {"first_forward_s": time.perf_counter() - start}
+    out: dict[str, Any] = {}
 
     def both():
         return torch.autograd.grad(run(**inputs), live, do)
 
-    start = time.perf_counter()
     try:
         both()
-        torch.cuda.synchronize()
-        out["first_both_s"] = time.perf_counter() - start
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         both()
@@ -96,6 +92,33 @@ def times(run, inputs: dict[str, Any]) -> dict[str, float]:
 
 def ours(case: Case) -> dict[str, float]:
     return times(lambda **x: recurrence(**x, backend="triton")[0], leaves(case))
+
+
+def first(case: Case) -> dict[str, float]:
+    """Seconds of the first calls of a process, and so of compilation where nothing is cached."""
+    inputs = leaves(case)
+    live = [t for t in inputs.values() if t is not None and t.requires_grad]
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    with torch.no_grad():
+        do = torch.randn_like(recurrence(**inputs, backend="triton")[0])
+    torch.cuda.synchronize()
+    forward = time.perf_counter() - start
+    torch.autograd.grad(recurrence(**inputs, backend="triton")[0], live, do)
+    torch.cuda.synchronize()
+    return {"forward_s": forward, "with_backward_s": time.perf_counter() - start}
+
+
+def cold(row: str) -> dict[str, Any]:
+    """:func:`first` in a process of its own with an empty compilation cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, __file__, "--first-row", row],
+            env={**os.environ, "TRITON_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+        )
+    return json.loads(done.stdout.splitlines()[-1]) if done.stdout else {"failed": done.stderr}
 
 
 def peer(case: Case) -> dict[str, Any]:
@@ -181,7 +204,8 @@ def line(name: str, row: dict[str, Any]) -> str:
     floor = row["floor_ms"] / row["ours"]["forward_ms"]
     sides = "".join(f"{ms(s, 'forward_ms')}{ms(s, 'both_ms')} |" for s in ("ours", "peer", "dense"))
     peak = row["ours"].get("peak_bytes", 0) / 2**30
-    return f"{name:34}|{sides} {floor:6.0%} {peak:7.2f}"
+    first = row.get("first", {}).get("with_backward_s", float("nan"))
+    return f"{name:34}|{sides} {floor:6.0%} {peak:7.2f} {first:6.1f}"
 
 
 def write(path: Path, data: Any) -> None:
@@ -197,9 +221,13 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds of the whole run")
     parser.add_argument("--peer-limit", type=float, default=300.0, help="seconds of a peer's row")
     parser.add_argument("--peer-row", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--first-row", choices=ROWS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer_row:
         print(json.dumps(peer(ROWS[arguments.peer_row])))
+        return
+    if arguments.first_row:
+        print(json.dumps(first(ROWS[arguments.first_row])))
         return
     end = time.monotonic() + arguments.limit
     measured = ceilings()
@@ -212,6 +240,7 @@ def main() -> None:
         data["rows"][name] = {
             "case": case.name, "error": error, "ours": ours(case),
             "floor_ms": 1e3 * case.floor(**measured), "dense": dense(case), "peer": {},
+            "first": cold(name),
         }  # fmt: skip
         torch.cuda.empty_cache()
         write(arguments.out, data)
@@ -220,7 +249,9 @@ def main() -> None:
         row["peer"] = apart(name, left) if left > 5 else {"skipped": "the run's limit"}
         write(arguments.out, data)
     print(data["made"], {k: f"{v:.3g}" for k, v in measured.items()})
-    print(f"{'ms':34}|     ours fwd+bwd |     peer fwd+bwd |    dense fwd+bwd | floor/fwd GiB")
+    print(
+        f"{'ms':34}|     ours fwd+bwd |     peer fwd+bwd |    dense fwd+bwd | floor/fwd GiB first s"
+    )
     for name, row in data["rows"].items():
         print(line(name, row))
 

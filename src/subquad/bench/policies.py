@@ -160,7 +160,8 @@ class Host:
         from subquad.tasks import create_task
 
         task = create_task(
-            "niah_text", tokenizer=self.tokenizer, length=T, keys=self.study.keys, intro=False,
+            "niah_text", task="single_word", tokenizer=self.tokenizer, length=T,
+            keys=self.study.keys, intro=False,
             reserve=16, path=self.study.text or sysconfig.get_paths()["stdlib"],
         )  # fmt: skip
         prompts = task.prompts(self.study.samples, self.study.seed)  # type: ignore[attr-defined]

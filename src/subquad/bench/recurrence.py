@@ -143,13 +143,15 @@ def errors(case: Case, device: torch.device | str, implementation: str = "triton
     return apart(got, defined(case, inputs))
 
 
-def gate(case: Case, device: torch.device | str, implementation: str = "triton") -> float:
+def gate(
+    case: Case, device: torch.device | str, implementation: str = "triton", tokens: int = 333
+) -> float:
     """The largest error of a short relative of ``case`` (its heads, widths, dtype and form).
 
     Raises:
         ValueError: where it is over the limit: what is wrong is neither timed nor used.
     """
-    short = replace(case, B=min(case.B, 2), T=min(case.T, 333), H=min(case.H, 4))
+    short = replace(case, B=min(case.B, 2), T=min(case.T, tokens), H=min(case.H, 4))
     found = errors(short, device, implementation)
     name, worst = max(found.items(), key=lambda item: item[1])
     if not worst <= LIMITS[case.dtype]:

@@ -54,6 +54,8 @@ FORMS = {
     "multikey_3": Form("needle", "uuids", "uuids", 1, 1, 1),
     "multivalue": Form("essay", "words", "numbers", 1, 4, 1),
     "multiquery": Form("essay", "words", "numbers", 4, 1, 4),
+    # Not RULER's: keys of one word, for models that were trained on such.
+    "single_word": Form("essay", "nouns", "numbers", 1, 1, 1),
 }
 
 
@@ -63,7 +65,7 @@ class NIAHText(TextTask):
     end; the answer is scored by the values that it holds.
 
     Attributes:
-        task: a row of RULER's table, "single_1" .. "multiquery".
+        task: a row of RULER's table, "single_1" .. "multiquery", or "single_word".
         keys: another number of keys than the row's, e.g. 8 for one fact of eight.
         length: most tokens of a prompt and its answer.
         depth: place of a single needle in 0..1; None as RULER does: in essays 40 even places, in
@@ -173,6 +175,9 @@ def _names(rng: np.random.Generator, kind: str) -> Iterator[str]:
     if kind == "uuids":
         while True:
             yield _value(rng, kind)
+    if kind == "nouns":
+        yield from (NEEDLE_NOUNS[i] for i in rng.permutation(len(NEEDLE_NOUNS)))
+        raise ValueError(f"keys must be at most {len(NEEDLE_NOUNS)}, the single words there are")
     pairs = len(NEEDLE_ADJECTIVES) * len(NEEDLE_NOUNS)
     for i in rng.permutation(pairs):
         yield f"{NEEDLE_ADJECTIVES[i // len(NEEDLE_NOUNS)]}-{NEEDLE_NOUNS[i % len(NEEDLE_NOUNS)]}"

@@ -1,0 +1,122 @@
+"""The recurrence's kernels on a CUDA GPU: every form, dtype, width, packing and state, against the
+definition in float64, forward and all gradients."""
+
+import pytest
+import torch
+
+from subquad.bench.recurrence import FORMS, LIMITS, Case, apart, defined, errors, results
+from subquad.ops.backend import backend
+from subquad.ops.recurrence import recurrence
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def _cases():
+    for decay, delta in FORMS:
+        yield Case(decay, delta, T=333, dtype=BF16, packed=(0, 100, 1, 232), state=True)
+        yield Case(decay, delta, T=200, dtype=F32, packed=(65, 0, 135), groups=2)
+        yield Case(decay, delta, T=130, dtype=F16, K=32, V=96, state=True)
+        yield Case(decay, delta, T=150, dtype=BF16, K=256, V=256)
+        yield Case(decay, delta, T=100, dtype=F32, K=128, V=128, state=True)
+        yield Case(decay, delta, T=65, dtype=BF16, K=128, V=128, groups=2)
+        yield Case(decay, delta, T=2100, H=1, dtype=BF16, state=True)  # split inside the GPU
+    yield Case("channel", True, dtype=BF16, strong=True)
+    yield Case("channel", False, dtype=F32, strong=True)
+    yield Case("channel", True, dtype=F16, strong=True, K=128, V=128)
+    yield Case("channel", True, dtype=F32, K=256, V=256)
+    yield Case("head", True, dtype=BF16, K=256, V=64)
+    yield Case("head", True, dtype=BF16, K=64, V=256)
+    yield Case("head", True, dtype=F32, T=2100, H=1, packed=(1500, 0, 600))
+    yield Case("head", False, dtype=BF16, T=4200, H=1, packed=(4000, 0, 200), state=True)
+
+
+@pytest.fixture
+def _poison():
+    """Freed memory that the kernels' buffers come from holds NaN."""
+    poison = torch.full((256 << 20,), float("nan"), device="cuda")
+    del poison
+
+
+@pytest.mark.usefixtures("_poison")
+@pytest.mark.parametrize("case", list(_cases()), ids=lambda case: case.name)
+def test_against_float64(case):
+    found = errors(case, "cuda")
+    assert max(found.values()) <= LIMITS[case.dtype], found
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_the_same_twice(delta):
+    """A result that moves between runs is a race."""
+    inputs = Case("head", delta, B=2, T=1000, H=4, K=128, V=128).draw("cuda")
+    with backend("triton"):
+        one, two = results(recurrence, inputs), results(recurrence, inputs)
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_offsets_beyond_int32():
+    q = torch.randn(1, 140_000, 128, 128, device="cuda", dtype=BF16) / 11
+    assert q.numel() > 2**31
+    decay = -torch.rand(1, 140_000, 128, device="cuda")
+    with torch.no_grad():
+        last = recurrence(q, q, q, decay=decay)[0][:, :, -1:].clone()
+        alone = q[:, :, -1:].contiguous()
+        want = recurrence(alone, alone, alone, decay=decay[:, :, -1:].contiguous())[0]
+    assert (last - want).norm() <= 5e-3 * want.norm()
+
+
+@pytest.mark.parametrize("form", ["auto", "recurrent"])
+def test_one_token_and_token_by_token(form):
+    case = Case("channel", True, B=3, T=1 if form == "auto" else 7, dtype=F32, state=True)
+    inputs = case.draw("cuda")
+    with torch.no_grad():
+        o, last = recurrence(**inputs, form=form, backend="triton")
+    want = defined(case, inputs)
+    found = apart({"o": o, "last": last}, {n: want[n] for n in ("o", "last")})
+    assert max(found.values()) < 1e-5, found
+
+
+def test_compiles_to_one_graph_and_exports():
+    x = Case("head", True, T=128).draw("cuda")
+    names = ("q", "k", "v", "decay", "beta")
+
+    class Layer(torch.nn.Module):
+        def forward(self, q, k, v, decay, beta):
+            return recurrence(q, k, v, decay=decay, beta=beta, backend="triton")[0]
+
+    layer, args = Layer(), tuple(x[n] for n in names)
+    want = layer(*args)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(*args), want)
+    torch.testing.assert_close(torch.export.export(layer, args).module()(*args), want)
+
+
+def test_decode_in_a_cuda_graph():
+    from subquad.ops.recurrence.triton.decode import decode_layer
+
+    B, H, K = 8, 4, 128
+
+    def normal(*shape):
+        return torch.randn(*shape, device="cuda", dtype=BF16)
+
+    inputs = {
+        "pasts": tuple(normal(B, 3, H * K) for _ in "qkv"),
+        "weights": tuple(normal(H * K, 4) for _ in "qkv"),
+        "decay": normal(B, H), "A_log": normal(H).float(), "dt_bias": normal(H).float(),
+        "beta": normal(B, H), "gate": normal(B, H, K), "norm": normal(K),
+    }  # fmt: skip
+    qkv = [normal(B, H, K) for _ in "qkv"]
+    start = torch.randn(B, H, K, K, device="cuda")
+    eager = start.clone()
+    want, _ = decode_layer(*qkv, state=eager, **inputs)
+    state = start.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got, _ = decode_layer(*qkv, state=state, **inputs)
+    state.copy_(start)
+    graph.replay()
+    assert torch.equal(got, want)
+    assert torch.equal(state, eager)
