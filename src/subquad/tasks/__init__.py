@@ -8,6 +8,7 @@ from typing import Any
 from subquad.ops import checks
 from subquad.tasks.base import EVAL_SEEDS, IGNORED, Batch, Prompt, Task, TextTask
 from subquad.tasks.copying import Copy, Induction, SelectiveCopy
+from subquad.tasks.images import Images
 from subquad.tasks.listops import ListOps
 from subquad.tasks.mqar import MQAR
 from subquad.tasks.niah import NIAH
@@ -31,6 +32,7 @@ _CLASSES: tuple[type[Task], ...] = (
     Group,
     ListOps,
     Text,
+    Images,
 )
 TASKS: dict[str, type[Task]] = {cls.name: cls for cls in _CLASSES}
 

@@ -24,10 +24,10 @@ EVAL_SEEDS = 1_000_000
 
 @dataclass(frozen=True)
 class Batch:
-    """Token sequences and what to predict at each position.
+    """Token sequences and what to predict at each position; or images and their classes.
 
     Attributes:
-        inputs: int64 ``[n,T]``.
+        inputs: int64 ``[n,T]``; images are float32 ``[n,C,H,W]`` with labels ``[n]``.
         labels: int64 ``[n,T]``, the token to predict AT each position (already aligned with the
             inputs); -100 where nothing is scored.
         meta: what else is known, e.g. ``depth [n]``, the needle's place in 0..1.

@@ -40,7 +40,8 @@ def summed_loss(
     model: nn.Module, batch: Batch, device: torch.device, config: TrainConfig
 ) -> Tensor:
     """Cross entropy in float32, summed over the labels."""
-    logits = logits_of(model, batch.inputs, device, config).flatten(0, 1)
+    logits = logits_of(model, batch.inputs, device, config)
+    logits = logits.flatten(0, -2)
     labels = batch.labels.flatten()
     # Found on the CPU, where the labels are: the GPU need not wait to count them.
     scored = (labels != IGNORED).nonzero()[:, 0]

@@ -54,7 +54,8 @@ def train(
 ) -> TrainResult:
     """Train ``model`` in place; go on from the last checkpoint in ``out`` where there is one.
 
-    The model maps tokens ``[n,T]`` to logits ``[n,T,vocab]`` or to an object that has them as
+    The model maps tokens ``[n,T]`` to logits ``[n,T,vocab]``, or images ``[n,C,H,W]`` to logits
+    ``[n,classes]`` (an image then counts as one token), or to an object that has them as
     ``logits``. Killed and started again, it ends with the same weights, on CPU to the bit: batches
     and dropout depend on (seed, step) alone. It is left in ``eval`` mode.
 

@@ -85,7 +85,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._unread.append((self.step, ranks.sum(total), checkpoint.whole(norm).float()))
-        self._unread_tokens += batch.inputs.numel()
+        self._unread_tokens += batch.labels.numel()  # an image is one
 
     def read(self) -> dict[str, Any]:
         """Take the losses of the steps since the last reading from the device; the last of them.
