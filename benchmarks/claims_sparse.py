@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.bench.results import machine, write_json
+from subquad.bench.results import machine, write_json, write_section
 from subquad.mixers.softmax import Softmax
 from subquad.models import CausalLM, CausalLMConfig
 from subquad.ops.layout import repeat_heads
@@ -32,7 +32,6 @@ from subquad.train import TrainConfig, evaluate, train
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "claims_sparse.json"
 EVIDENCE = ROOT / "docs" / "evidence.md"
-START, END = "<!-- claims_sparse: written by benchmarks/claims_sparse.py -->", "<!-- claims end -->"
 
 Row = dict[str, Any]
 Cells = Iterator[tuple[str, Callable[[], Row]]]
@@ -318,36 +317,29 @@ def table(name: str, found: dict[str, Row]) -> list[str]:
     return [*lines, ""]
 
 
-def write_evidence(done: dict[str, dict[str, Row]]) -> None:
-    """Put the tables between their marks in docs/evidence.md; the rest stays as it is."""
-    made = machine()
+def write_evidence(made: dict[str, Any], done: dict[str, dict[str, Row]]) -> None:
     lines = [
         f"`python benchmarks/claims_sparse.py` on {made['device']}, torch {made['torch']}.",
         "",
     ]
     for name in CLAIMS:
         lines += table(name, done[name]) if name in done else []
-    page = EVIDENCE.read_text()
-    if START not in page:
-        page = f"{page.rstrip()}\n\n## Claims of the sparse mixers\n\n{START}\n{END}\n"
-    before, _, rest = page.partition(START)
-    EVIDENCE.write_text(
-        f"{before}{START}\n\n" + "\n".join(lines) + f"\n{END}{rest.partition(END)[2]}"
-    )
+    write_section(EVIDENCE, "claims_sparse", "Claims of the sparse mixers", "\n".join(lines))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--claim", choices=list(CLAIMS))
     asked = parser.parse_args()
-    done = json.loads(RESULTS.read_text())["claims"] if RESULTS.exists() else {}
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"made": {}, "claims": {}}
+    made, done = kept["made"], kept["claims"]
     for name in [asked.claim] if asked.claim else CLAIMS:
         for entry, cell in CLAIMS[name]():
             if entry not in done.setdefault(name, {}):
-                done[name][entry] = cell()
-                write_json(RESULTS, {"made": machine(), "claims": done})
+                done[name][entry], made = cell(), machine()
+                write_json(RESULTS, {"made": made, "claims": done})
             print(name, "|", entry, "|", done[name][entry], flush=True)
-    write_evidence(done)
+    write_evidence(made, done)
 
 
 if __name__ == "__main__":

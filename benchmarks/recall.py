@@ -25,12 +25,11 @@ from rich.console import Console
 from subquad.bench import units
 from subquad.bench.compare import Comparison, compare
 from subquad.bench.progress import Display
-from subquad.bench.results import Results, machine, write_json
+from subquad.bench.results import Results, machine, write_json, write_section
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "recall.json"
 EVIDENCE = ROOT / "docs" / "evidence.md"
-START, END = "<!-- recall: written by benchmarks/recall.py -->", "<!-- recall ends -->"
 
 LRS = (3e-3,)
 SEEDS = (0,)
@@ -153,16 +152,6 @@ def tables(found: dict[str, list[dict[str, Any]]], made: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_evidence(text: str) -> None:
-    """Put the tables between their marks in docs/evidence.md; the rest stays as it is."""
-    page = EVIDENCE.read_text()
-    if START not in page:
-        page = f"{page.rstrip()}\n\n## Recall and state size\n\n{START}\n{END}\n"
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    EVIDENCE.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--group", choices=list(GROUPS))
@@ -186,7 +175,7 @@ def main() -> None:
     if asked.group is asked.lr is asked.seed is None and asked.share == (0, 1):
         write_json(RESULTS, {"made": machine(), "groups": found})
         text = tables(found, machine())
-        write_evidence(text)
+        write_section(EVIDENCE, "recall", "Recall and state size", text)
         console.print(text, markup=False, soft_wrap=True)
 
 

@@ -7,6 +7,9 @@ import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +88,19 @@ def write_json(path: Path, data: Any) -> None:
         aside.unlink(missing_ok=True)
 
 
+def write_section(page: Path, name: str, title: str, body: str) -> None:
+    """Put ``body`` under ``title`` in a Markdown page, between the marks of the section ``name``;
+    the rest of the page stays as it is."""
+    start, end = f"<!-- {name} begins -->", f"<!-- {name} ends -->"
+    text = page.read_text()
+    if start not in text:
+        text = f"{text.rstrip()}\n\n## {title}\n\n{start}\n{end}\n"
+    before, _, rest = text.partition(start)
+    page.write_text(f"{before}{start}\n\n{body.strip()}\n\n{end}{rest.partition(end)[2]}")
+
+
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """What the figures were taken on, and when."""
     import torch
 
     import subquad
@@ -95,6 +109,8 @@ def machine() -> dict[str, Any]:
     return {
         "subquad": subquad.__version__,
         "torch": torch.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
+        "date": date.today().isoformat(),
         "python": platform.python_version(),
         "device": gpu or f"{_cpu()}, {torch.get_num_threads()} threads",
     }
