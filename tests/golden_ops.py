@@ -10,10 +10,13 @@ from torch import Tensor
 import subquad
 from kit import close
 from subquad.mixers.infllm_v2 import block_scores
+from subquad.mixers.parts.head_map import HeadMap
 from subquad.mixers.power_attention import pattern
 from subquad.ops import select
 from subquad.ops.attention import attention
 from subquad.ops.attention.chosen import chosen
+from subquad.ops.kernel_attention import Near, mixed_attention
+from subquad.ops.kernel_attention.reference import mixed_weights
 
 Golden = Mapping[str, Tensor]
 
@@ -65,3 +68,35 @@ def infllm_v2(golden: Golden) -> None:
     o = chosen(*inputs.values(), theirs[None], 64)
     close(o[0], golden["out"], 1e-5)
     check_gradients(inputs, o, golden, "")
+
+
+def lolcats(golden: Golden) -> None:
+    """Both layouts. The authors' terraces end with the text, so token 0 stands 10 tokens late."""
+    for prefix, layout, starts in (
+        ("sw.", "sliding", None),
+        ("tk.", "terraced", torch.tensor([-10])),
+    ):
+        g = {n.removeprefix(prefix): t for n, t in golden.items() if n.startswith(prefix)}
+        q, k, v = ({n: g[n].transpose(1, 2).clone().requires_grad_() for n in "qkv"}).values()
+        maps = [HeadMap(2, 16, 8) for _ in "qk"]
+        for name, m in zip("qk", maps):
+            m.load_state_dict({"weight": g[f"w.feature_map_{name}"]})
+        omega = g["w.window_factors"].clone().requires_grad_()
+        phi_q, phi_k = maps[0](q), maps[1](k)
+        close(phi_q, g["phi_q"].transpose(1, 2), 1e-6)
+        close(phi_k, g["phi_k"].transpose(1, 2), 1e-6)
+        near, weight = Near(16, layout), omega.flatten().sigmoid()
+        shared = {"near": near, "scale": 0.25, "weight": weight, "starts": starts}
+        close(mixed_weights(q, k, phi_q, phi_k, **shared), g["attn"], 1e-5)
+        for backend in ("reference", None):
+            o, _ = mixed_attention(q, k, v, phi_q, phi_k, backend=backend, **shared)
+            close(o.transpose(1, 2), g["out"], 1e-5)
+            loss = 1000 * (o - g["teacher_out"].transpose(1, 2)).square().mean()
+            close(loss, g["transfer_loss"], 1e-4)
+            learned = [omega, maps[0].weight, maps[1].weight]
+            got = torch.autograd.grad(loss, learned, retain_graph=True)
+            for name, grad in zip(("window_factors", "feature_map_q", "feature_map_k"), got):
+                close(grad, g[f"gL.w.{name}"], 2e-4)
+            got = torch.autograd.grad(o.square().mean(), (q, k, v), retain_graph=True)
+            for name, grad in zip("qkv", got):
+                close(grad, g[f"g.{name}"].transpose(1, 2), 2e-4)

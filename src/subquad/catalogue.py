@@ -85,6 +85,16 @@ _CARDS = (
         evidence=("facts", "golden"),
     ),
     System(
+        key="lolcats",
+        name="LoLCATs",
+        paper="LoLCATs: On Low-Rank Linearizing of Large Language Models",
+        arxiv="2410.10254",
+        family="conversion",
+        kind="mixer",
+        home="subquad.mixers.lolcats:LoLCATs",
+        evidence=("facts", "golden"),
+    ),
+    System(
         key="mla",
         name="MLA",
         paper="DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model",

@@ -63,7 +63,7 @@ class CCA(Softmax):
         super().__init__(dim=dim, **options)
         self.group, self.local, self.core_rope = group, local, core_rope
 
-    def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         q, k, v = self.qkv(x, context)
         span = Span(context, {"k": k, "v": v}, rows=True)
         q = span.rows(q)
@@ -75,7 +75,7 @@ class CCA(Softmax):
         state |= {} if span.pad is None else {"pad": span.pad}
         state = {name: compact(t[:, max(t.shape[1] - kept, 0) :]) for name, t in state.items()}
         state["core_k"], state["core_v"] = cores
-        return self.o_proj(span.tokens(o).flatten(-2)), state
+        return span.tokens(o), state
 
     def _total(self, span: Span, context: Context, T: int) -> int:
         """Tokens that the longest row has seen. Where no row is padded the state's shape tells."""

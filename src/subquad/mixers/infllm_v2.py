@@ -84,7 +84,7 @@ class InfLLMv2(Softmax):
         """Blocks that a token reads."""
         return self.topk + self.local
 
-    def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         q, k, v = self.qkv(x, context)
         span = Span(context, {"k": k, "v": v})
         q, k, v = span.rows(q), span["k"], span["v"]
@@ -99,7 +99,7 @@ class InfLLMv2(Softmax):
         longest = max(windows.shape[1] for windows in pooled)
         rows = [F.pad(t, (0, 0, 0, 0, 0, longest - t.shape[1])) for t in pooled]
         state = ChainMap({"pooled": torch.cat(rows)}, span.state())  # type: ignore[arg-type]
-        return self.o_proj(span.tokens(o).flatten(-2)), state
+        return span.tokens(o), state
 
     def _texts(self, span: Span, context: Context, T: int) -> Iterator[_Text]:
         """The sequences of a call, each of its own length; one for all rows where they agree."""

@@ -74,14 +74,14 @@ class LongLoRA(Softmax):
         """Tokens in a group of a text of ``tokens``."""
         return self.group or 2 * max(1, -int(-tokens * self.ratio // 2))
 
-    def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         if not (self.sparse and self.variant == "wrap"):
-            return super().mix(x, context)
+            return super().heads_out(x, context)
         if context.state or context.padding is not None or context.cu_seqlens is not None:
             raise ValueError("variant 'wrap' takes no state, padding or cu_seqlens")
         q, k, v = self.qkv(x, context)
         o = self._wrapped(q, repeat_heads(k, self.heads), repeat_heads(v, self.heads))
-        return self.o_proj(o.flatten(-2)), Span(context, {"k": k, "v": v}).state()
+        return o, Span(context, {"k": k, "v": v}).state()
 
     def _wrapped(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         T, h = q.shape[1], self.heads // 2

@@ -65,7 +65,7 @@ class LSAttention(Softmax):
         self.local_heads, self.local_kv_heads = local_heads, local_heads // share
         self.span = span + inclusive_span
 
-    def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         q, k, v = self.qkv(x, context)
         H, G = self.local_heads, self.local_kv_heads
         parts, states = [], []
@@ -79,7 +79,7 @@ class LSAttention(Softmax):
             span = Span(context, far)
             parts.append(self._attend(q[:, :, H:], span, *far))
             states.append(span.state())
-        return self.o_proj(torch.cat(parts, 2).flatten(-2)), ChainMap(*states)  # type: ignore
+        return torch.cat(parts, 2), ChainMap(*states)  # type: ignore
 
     def _attend(self, q: Tensor, span: Span, k: str, v: str) -> Tensor:
         o = attention(

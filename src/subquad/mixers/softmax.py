@@ -20,6 +20,7 @@ from subquad.mixers.parts.past import Span
 from subquad.mixers.parts.rotary import LAYOUTS, rope_frequencies, rotate
 from subquad.ops import checks
 from subquad.ops.attention import attention
+from subquad.ops.attention import reference as definition
 
 
 class Softmax(Mixer):
@@ -101,6 +102,11 @@ class Softmax(Mixer):
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
+        o, state = self.heads_out(x, context)
+        return self.o_proj(o.flatten(-2)), state
+
+    def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """What each head reads, ``o [B,T,H,V]`` before ``o_proj``, and the new state's tensors."""
         q, k, v = self.qkv(x, context)
         span = Span(context, {"k": k, "v": v}, window=self.window, sinks=self.sinks)
         o = attention(
@@ -111,7 +117,24 @@ class Softmax(Mixer):
             scale=self.scale,
             cu_seqlens=span.cu_seqlens,
         )
-        return self.o_proj(span.tokens(o).flatten(-2)), span.state()
+        return span.tokens(o), span.state()
+
+    def weights(self, x: Tensor, context: Context) -> Tensor:
+        """The attention weights ``[B,H,T,T]`` by their definition: quadratic, for short texts.
+
+        Raises:
+            ValueError: for packed sequences and with a state.
+        """
+        self.whole(context)
+        q, k, v = self.qkv(x, context)
+        span = Span(context, {"k": k, "v": v})
+        return definition.weights(q, k, self.visible(span), self.scale, 0)[0]
+
+    @staticmethod
+    def whole(context: Context) -> None:
+        """Refuse what :meth:`weights` is not defined for."""
+        if context.state is not None or context.cu_seqlens is not None:
+            raise ValueError("weights are those of whole texts: got a state or packed sequences")
 
     def visible(self, span: Span) -> Mask:
         """Who sees whom among the tokens of ``span``."""
