@@ -12,6 +12,7 @@ otherwise nothing is printed. Cases that lose are printed like the others.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
 
 import subquad
 from subquad.bench.measure import timed
 from subquad.bench.policies import cache_bytes, policy
 from subquad.bench.results import machine, write_json
+from subquad.policies import Duo
 from subquad.policies.base import Call, Policy, Site, Tally
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,7 +46,7 @@ PREFILL = {
 DECODE = {
     "quest": lambda T: "quest:budget=1024",
     "snapkv": lambda T: "snapkv:capacity=1024",
-    "duo": lambda T: "duo",
+    "duo": lambda T: "duo:sparsity=0.75",
 }
 
 
@@ -63,9 +66,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for T in lengths:
         rows += prefill(T, sizes, device, dtype, repeats=3 if options.quick else 10)
-    model = random_model(sizes, max(lengths) + 64).to(device, dtype).eval()
+    model = random_model(sizes, max(lengths) + 64, device, dtype)
     for T in lengths:
-        rows += decode(model, T, device, steps=8 if options.quick else 32)
+        rows += decode(model, sizes, T, device, steps=8 if options.quick else 32)
     out = options.out or (None if options.quick else RESULTS / "policies.json")
     if out is not None:
         write_json(out, {"made": machine(), "sizes": sizes, "dtype": str(dtype), "rows": rows})
@@ -147,7 +150,9 @@ def prefill(
     return rows
 
 
-def decode(model: Any, T: int, device: str, steps: int) -> list[dict[str, Any]]:
+def decode(
+    model: Any, sizes: dict[str, int], T: int, device: str, steps: int
+) -> list[dict[str, Any]]:
     """Tokens/s of the whole model behind a prompt, and the bytes of its cache."""
     from transformers import DynamicCache
 
@@ -158,6 +163,9 @@ def decode(model: Any, T: int, device: str, steps: int) -> list[dict[str, Any]]:
         if text is not None and chosen is None:
             print(f"decode  {T:>9,}  {name}: not in this version")
             continue
+        if isinstance(chosen, Duo):  # a random model has no heads to find: any will do
+            gates = torch.rand(sizes["layers"], sizes["kv_heads"]).tolist()
+            chosen = dataclasses.replace(chosen, gates=gates)
         with nullcontext() if chosen is None else subquad.apply(model, chosen) as on:
             cache = DynamicCache(config=model.config) if on is None else on.new_cache()
             with torch.inference_mode():
@@ -169,20 +177,28 @@ def decode(model: Any, T: int, device: str, steps: int) -> list[dict[str, Any]]:
                     )[0]
                     for _ in range(steps)
                 ]
+                kernels = busy(
+                    lambda cache=cache, one=one: model(one, past_key_values=cache), ids.device
+                )
         took, held = median(times), cache_bytes(cache)
         peer = took if peer is None else peer
-        show(
-            "decode",
-            T,
-            text(T) if text else "full cache, SDPA",
-            took,
-            peer,
-            f"{held >> 20} MiB, {1 / took:.0f} tokens/s",
-        )
-        rows.append(
-            {"phase": "decode", "tokens": T, "policy": name, "seconds": took, "cache": held}
-        )
+        title = text(T) if text else "full cache, SDPA"
+        note = f"{held >> 20} MiB, {1 / took:.0f} tokens/s"
+        note += "" if kernels is None else f", kernels {kernels * 1e3:.2f} ms"
+        show("decode", T, title, took, peer, note)
+        row = {"phase": "decode", "tokens": T, "policy": name, "seconds": took, "cache": held}
+        rows.append({**row, "kernels": kernels})
     return rows
+
+
+def busy(run: Callable[[], Any], device: torch.device) -> float | None:
+    """Seconds that the GPU works for ``run``, without the gaps in which it waits for Python."""
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in found.key_averages()) * 1e-6
 
 
 def named(text: str) -> Policy | None:
@@ -202,22 +218,22 @@ def show(phase: str, T: int, name: str, took: float, peer: float, note: str) -> 
     print(f"{phase:8}{T:>9,}  {took * 1e3:10.3f} ms  {peer / took:6.2f}x  {note:26} {name}")
 
 
-def random_model(sizes: dict[str, int], positions: int) -> Any:
+def random_model(sizes: dict[str, int], positions: int, device: str, dtype: torch.dtype) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32_000,
-            hidden_size=sizes["dim"],
-            intermediate_size=sizes["mlp"],
-            num_hidden_layers=sizes["layers"],
-            num_attention_heads=sizes["heads"],
-            num_key_value_heads=sizes["kv_heads"],
-            head_dim=sizes["head_dim"],
-            max_position_embeddings=positions,
-        )
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=sizes["dim"],
+        intermediate_size=sizes["mlp"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes["kv_heads"],
+        head_dim=sizes["head_dim"],
+        max_position_embeddings=positions,
     )
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(dtype).eval()
 
 
 if __name__ == "__main__":
