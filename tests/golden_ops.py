@@ -17,6 +17,7 @@ from subquad.ops.attention import attention
 from subquad.ops.attention.chosen import chosen
 from subquad.ops.kernel_attention import Near, mixed_attention
 from subquad.ops.kernel_attention.reference import mixed_weights
+from subquad.ops.probe import probe
 
 Golden = Mapping[str, Tensor]
 
@@ -37,6 +38,20 @@ def power_attention(golden: Golden) -> None:
         o = attention(*inputs.values(), m)
         close(o, golden[prefix + "out"], 1e-5)
         check_gradients(inputs, o, golden, prefix)
+
+
+def parallax(golden: Golden) -> None:
+    for prefix, options in (
+        ("", {}),
+        ("win16.", {"window": 16}),
+        ("noncausal.", {"causal": False}),
+    ):
+        for backend in ("torch", "reference"):
+            inputs = {n: golden[n].clone().requires_grad_() for n in "qkvr"}
+            o = probe(**inputs, **options, backend=backend)
+            close(o, golden[prefix + "out"], 1e-5)
+            if f"{prefix}g.q" in golden:
+                check_gradients(inputs, o, golden, prefix)
 
 
 def infllm_v2(golden: Golden) -> None:

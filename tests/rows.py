@@ -251,6 +251,19 @@ ROWS = [
         name="nope",
     ),
     Row("infllm_v2", {"dim": 16, "heads": 2, "block": 4}, name="dense"),
+    Row("parallax", {"dim": 16, "heads": 2}, golden=golden_ops.parallax),
+    Row(
+        "parallax",
+        {"dim": 16, "heads": 4, "kv_heads": 2, "qk_norm": True, "bias": True, "window": 5},
+        name="grouped",
+    ),
+    Row("parallax", {"dim": 16, "heads": 2, "causal": False}, name="bidirectional", causal=False),
+    Row("lla", {"dim": 8, "heads": 2, "steps": 8}),
+    Row(
+        "lla",
+        {"dim": 8, "heads": 2, "kv_heads": 1, "qk_norm": True, "rope_theta": None, "window": 6},
+        name="grouped",
+    ),
     Row("gated_deltanet", {"dim": 16, "heads": 2, "head_dim": 8, "conv_size": 4}),
     Row(
         "gated_deltanet",

@@ -135,6 +135,27 @@ _CARDS = (
         evidence=("facts", "golden"),
     ),
     System(
+        key="parallax",
+        name="Parallax",
+        paper="Parallax: Parameterized Local Linear Attention for Language Modeling",
+        arxiv="2605.29157",
+        family="kernel regression",
+        kind="mixer",
+        home="subquad.mixers.parallax:Parallax",
+        evidence=("facts", "golden"),
+    ),
+    System(
+        key="lla",
+        name="Local Linear Attention",
+        paper="Local Linear Attention: An Optimal Interpolation of Linear and Softmax Attention "
+        "For Test-Time Regression",
+        arxiv="2510.01450",
+        family="kernel regression",
+        kind="mixer",
+        home="subquad.mixers.lla:LLA",
+        evidence=("facts",),
+    ),
+    System(
         key="gla",
         name="GLA",
         paper="Gated Linear Attention Transformers with Hardware-Efficient Training",

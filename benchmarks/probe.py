@@ -1,0 +1,171 @@
+"""The probe's kernels beside PyTorch's attention of the same shape, in one run.
+
+    python benchmarks/probe.py --out benchmarks/results/probe.json
+
+A row whose error against float64 is over its limit stops the run before anything is printed.
+``--tune`` times candidates of the launch options instead, each checked first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from subquad.bench.probe import Case, errors, gate
+from subquad.bench.results import machine, write_json
+from subquad.ops.probe import cost
+from subquad.ops.probe.triton import launch
+
+ROWS = {
+    "long": Case(B=1, T=16384, H=16, G=16, K=128, V=128),
+    "batch": Case(B=4, T=4096, H=16, G=16, K=128, V=128),
+    "grouped": Case(B=4, T=4096, H=16, G=4, K=128, V=128),
+    "narrow": Case(B=8, T=2048, H=16, G=16, K=64, V=64),
+    "window of 1024": Case(B=1, T=16384, H=16, G=16, K=128, V=128, window=1024),
+    "local linear": Case(B=4, T=2048, H=8, G=8, K=64, V=64, local=True),
+}
+CANDIDATES = {
+    "forward": ((64, 128), (32, 64, 128), (4, 8), (2, 3)),
+    "grad_q": ((64, 128), (32, 64), (4, 8), (1, 2)),
+    "grad_kv": ((32, 64), (64, 128), (4, 8), (1, 2)),
+}
+
+
+def median(run: Callable[[], Any]) -> float:
+    """Milliseconds."""
+    return triton.testing.do_bench(run, warmup=25, rep=100, return_mode="median")
+
+
+def times(run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, float]:
+    """Forward, forward and backward (ms), peak bytes of the latter beyond what was there."""
+    leaves = {n: t.detach().requires_grad_() for n, t in inputs.items()}
+    with torch.no_grad():
+        do = torch.randn_like(run(**leaves))
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return run(**leaves)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(**leaves), list(leaves.values()), do)
+
+    both()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    peak = torch.cuda.max_memory_allocated() - before
+    return {"forward_ms": median(forward), "both_ms": median(both), "peak_bytes": peak}
+
+
+def ours(case: Case) -> dict[str, float]:
+    options = case.options("cuda")
+    return times(lambda **x: case.op(**x, **options, backend="triton"), case.draw("cuda"))
+
+
+def dense(case: Case) -> dict[str, float]:
+    """Causal softmax attention by PyTorch; it has no r, and sees all keys."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = case.H != case.G
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+
+    inputs = {n: t for n, t in case.draw("cuda").items() if n != "r"}
+    return times(run, inputs)
+
+
+def small(case: Case) -> Case:
+    """The same with few rows and heads: float64 takes long."""
+    H = case.H // case.G * min(case.G, 2)
+    return replace(case, B=1, T=min(case.T, 4096), H=H, G=min(case.G, 2))
+
+
+def measure(out: Path) -> None:
+    data: dict[str, Any] = {"made": machine(), "rows": {}}
+    for name, case in ROWS.items():
+        try:
+            error = gate(small(case), "cuda")
+        except ValueError as wrong:
+            raise SystemExit(f"not printed: {wrong}") from None
+        row: dict[str, Any] = {"case": case.name, "error": error, "checked": small(case).name}
+        row |= {"ours": ours(case), "sdpa": dense(case)}
+        if not case.local and case.window is None:
+            area = case.B * case.H * case.T * (case.T + 1) // 2
+            done = cost.flops(area=area, K=case.K, V=case.V)
+            row["tflops"] = done / row["ours"]["forward_ms"] / 1e9
+        data["rows"][name] = row
+        write_json(out, data)
+        torch.cuda.empty_cache()
+    print(data["made"])
+    print(f"{'':16}| forward     both  GiB | sdpa fwd     both  GiB | TFLOP/s | error")
+    for name, row in data["rows"].items():
+        sides = (
+            f"{row[s]['forward_ms']:8.3f} {row[s]['both_ms']:8.3f} "
+            f"{row[s]['peak_bytes'] / 2**30:5.2f}"
+            for s in ("ours", "sdpa")
+        )
+        rate = f"{row['tflops']:7.0f}" if "tflops" in row else "      -"
+        print(f"{name:16}|{' |'.join(sides)} | {rate} | {row['error']:.2g}")
+
+
+def candidates(kernel: str) -> Iterator[tuple[int, ...]]:
+    yield from product(*CANDIDATES[kernel])
+
+
+def tune() -> None:
+    """The fastest launch options of each kernel and width, of those that are right."""
+    for dtype, width in product((torch.bfloat16, torch.float32), (64, 128)):
+        case = Case(B=2, T=4096, H=8, G=8, K=width, V=width, dtype=dtype)
+        few = replace(small(case), T=600)
+        for kernel in CANDIDATES:
+            found = []
+            for config in candidates(kernel):
+                with launch.forced({kernel: config}):
+                    try:
+                        worst = max(errors(few, "cuda").values())
+                        took = times_of(kernel, case) if worst <= case.limit else None
+                    except Exception as error:
+                        print(kernel, config, type(error).__name__, flush=True)
+                        continue
+                if took is None:
+                    print(kernel, config, f"wrong by {worst:.2g}", flush=True)
+                else:
+                    found.append((took, config))
+            best = ", ".join(f"{config} {took:.3f} ms" for took, config in sorted(found)[:4])
+            print(kernel, str(dtype), width, "|", best, flush=True)
+
+
+def times_of(kernel: str, case: Case) -> float:
+    inputs = {n: t.detach().requires_grad_() for n, t in case.draw("cuda").items()}
+    options = {**case.options("cuda"), "backend": "triton"}
+    if kernel == "forward":
+        with torch.no_grad():
+            return median(lambda: case.op(**inputs, **options))
+    o = case.op(**inputs, **options)
+    do = torch.randn_like(o)
+    leaves = list(inputs.values())
+    return median(lambda: torch.autograd.grad(o, leaves, do, retain_graph=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/probe.json"))
+    parser.add_argument("--tune", action="store_true")
+    asked = parser.parse_args()
+    if asked.tune:
+        tune()
+    else:
+        measure(asked.out)
+
+
+if __name__ == "__main__":
+    main()
