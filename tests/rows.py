@@ -1,6 +1,7 @@
 """The table of mixers under test: a system joins with one row."""
 
 import golden_ops
+import golden_vision
 from kit import Row
 
 MLA_SIZES = {
@@ -269,5 +270,26 @@ ROWS = [
         "gated_deltanet",
         {"dim": 16, "heads": 1, "value_heads": 2, "head_dim": 8, "negative_eigenvalues": True},
         name="grouped",
+    ),
+    Row("softmax", {"dim": 16, "heads": 2, "causal": False}, name="bidirectional", causal=False),
+    *[
+        Row(key, {"dim": 16, "heads": 2, **options}, name, causal=False, packs=False, grid=(6, 5))
+        for key, name, options in (
+            ("inline", "", {}),
+            ("inline", "exp", {"feature_map": "exp", "bias": False}),
+            ("mala", "plain", {"rotary": False}),
+            ("rala", "", {}),
+            ("rala", "softmax", {"attention": "softmax"}),
+            ("soft", "", {"ratio": 2}),
+            ("soft", "soft", {"ratio": 3, "variant": "soft", "conv_size": 0}),
+        )
+    ],
+    Row(
+        "mala",
+        {"dim": 16, "heads": 2},
+        causal=False,
+        packs=False,
+        grid=(6, 5),
+        golden=golden_vision.mala,
     ),
 ]

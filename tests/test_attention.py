@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import masks
 import subquad
-from kit import poisoned
+from kit import close, poisoned
 from subquad import mask
 from subquad.ops.attention import attention, merge
 
@@ -322,3 +322,8 @@ def test_kernels_in_the_interpreter():
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_full_mask_hides_nothing():
+    q, k, v = (torch.randn(2, 9, 2, 4, dtype=torch.float64) for _ in range(3))
+    close(attention(q, k, v, mask.full()), attention(q, k, v, backend="reference"))

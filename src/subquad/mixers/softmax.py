@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from subquad import mask as masks
 from subquad.mask import Mask
 from subquad.mixers.base import Context, Mixer
 from subquad.mixers.parts.past import Span
@@ -39,6 +40,7 @@ class Softmax(Mixer):
             training turns no further (position interpolation, Chen et al., arXiv 2306.15595).
         rope_layout: "half" (feature j turns with j + rope_dim/2) or "interleaved".
         qk_norm: a root mean square norm of q and k per head, before the rotation.
+        causal: whether a token sees none after it; else it sees the past and all of the call.
         window: keys that a token sees, its own included; None for all. Then the state keeps that
             many tokens.
         sinks: the first tokens of a sequence, which stay visible beside the window.
@@ -61,6 +63,7 @@ class Softmax(Mixer):
         rope_factor: float = 1.0,
         rope_layout: str = "half",
         qk_norm: bool = False,
+        causal: bool = True,
         window: int | None = None,
         sinks: int = 0,
         scale: float | None = None,
@@ -82,6 +85,9 @@ class Softmax(Mixer):
             self.past = ()  # what left the window cannot come back
         elif sinks:
             raise ValueError(f"sinks need a window beside them, got sinks={sinks}, window=None")
+        if not causal and window is not None:
+            raise ValueError(f"window must be None where causal is False, got {window}")
+        self.causal = causal
         rope_dim = head_dim if rope_dim is None else rope_dim
         if rope_theta is not None and (rope_dim % 2 or not 0 < rope_dim <= head_dim):
             raise ValueError(f"rope_dim must be even and in 2..{head_dim}, got {rope_dim}")
@@ -138,7 +144,11 @@ class Softmax(Mixer):
 
     def visible(self, span: Span) -> Mask:
         """Who sees whom among the tokens of ``span``."""
-        return span.mask()
+        if self.causal:
+            return span.mask()
+        if span.pad is None:
+            return masks.full()
+        return masks.documents(torch.where(span.pad, -1, 0))
 
     def qkv(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """q ``[B,T,H,K]``, k and v ``[B,T,G,K]``, normed and rotated."""
@@ -170,6 +180,8 @@ class Softmax(Mixer):
 
     def pairs(self, T: int) -> int:
         """(query, key) pairs of one head over T tokens."""
+        if not self.causal:
+            return T * T
         window = T if self.window is None else self.window
         return ramp(T, window) + ramp(max(T - window, 0), self.sinks)
 

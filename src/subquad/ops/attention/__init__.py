@@ -179,6 +179,7 @@ def attention(
         if batch not in (1, B) or H % heads:
             raise ValueError(f"mask is for {batch} rows and {heads} heads, q has B={B}, H={H}")
         mask.check(T, S, offset)
+        mask = None if mask == masks.full() else mask
     grad = is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     asked = request(
         B=B, T=T, S=S, H=H, G=G, K=K, V=v.shape[3], device=q.device.type, dtype=q.dtype,

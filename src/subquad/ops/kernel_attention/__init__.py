@@ -20,9 +20,11 @@ from torch import dtype as DType
 
 from subquad.ops import checks
 from subquad.ops.backend import Backend, Request, choose, without_autocast
+from subquad.ops.kernel_attention.bidirectional import bidirectional
+from subquad.ops.kernel_attention.landmarks import landmark_attention
 from subquad.ops.kernel_attention.near import Near
 
-__all__ = ["BACKENDS", "Near", "mixed_attention", "request"]
+__all__ = ["BACKENDS", "Near", "bidirectional", "landmark_attention", "mixed_attention", "request"]
 
 
 def _always(request: Request) -> tuple[bool, str]:
