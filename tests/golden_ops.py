@@ -15,7 +15,7 @@ from subquad.mixers.power_attention import pattern
 from subquad.ops import select
 from subquad.ops.attention import attention
 from subquad.ops.attention.chosen import chosen
-from subquad.ops.kernel_attention import Near, mixed_attention
+from subquad.ops.kernel_attention import How, Near, mixed_attention
 from subquad.ops.kernel_attention.reference import mixed_weights
 from subquad.ops.probe import probe
 
@@ -102,7 +102,7 @@ def lolcats(golden: Golden) -> None:
         close(phi_k, g["phi_k"].transpose(1, 2), 1e-6)
         near, weight = Near(16, layout), omega.flatten().sigmoid()
         shared = {"near": near, "scale": 0.25, "weight": weight, "starts": starts}
-        close(mixed_weights(q, k, phi_q, phi_k, **shared), g["attn"], 1e-5)
+        close(mixed_weights(q, k, phi_q, phi_k, How(**shared)), g["attn"], 1e-5)
         for backend in ("reference", None):
             o, _ = mixed_attention(q, k, v, phi_q, phi_k, backend=backend, **shared)
             close(o.transpose(1, 2), g["out"], 1e-5)

@@ -6,7 +6,7 @@ import torch
 import subquad
 from kit import close
 from subquad.mixers.softmax import Softmax
-from subquad.ops.kernel_attention import Near, mixed_attention
+from subquad.ops.kernel_attention import How, Near, mixed_attention
 from subquad.ops.kernel_attention.near import places
 from subquad.ops.kernel_attention.reference import mixed_weights
 
@@ -78,6 +78,19 @@ class TestMixedAttention:
                 close(S[n], own_S[0])
                 close(z[n], own_z[0])
 
+    def test_packed_sequences_of_unequal_lengths_go_on(self, layout):
+        """The shorter ones' rows hold tokens that the state has taken over."""
+        _, mixer, x = twins("lolcats", window=3, layout=layout)
+        x = x[:1]
+        first = torch.tensor([0, 14, 17, 17], dtype=torch.int32)
+        more = torch.tensor([0, 1, 9, 23], dtype=torch.int32)
+        _, state = mixer(x[:, :17], cu_seqlens=first)
+        got, _ = mixer(x[:, 17:], state=state, cu_seqlens=more)
+        for n in range(3):
+            own = x[:, first[n] : first[n + 1]], x[:, 17 + more[n] : 17 + more[n + 1]]
+            want = mixer(torch.cat(own, 1))[0][:, own[0].shape[1] :]
+            close(got[:, more[n] : more[n + 1]], want)
+
     def test_last_queries_of_many_keys(self, layout):
         q, k, v, phi_q, phi_k = inputs(T=12, S=50)
         want = mixed_attention(q, k, v, phi_q, phi_k, near=Near(4, layout), backend="reference")
@@ -87,8 +100,8 @@ class TestMixedAttention:
 
     def test_rows_of_the_mask(self, layout):
         near = Near(4, layout)
-        place, _ = places(13, None, None, torch.device("cpu"))
-        p, j = place[0, :, None], place[0]
+        place = places(13, 13, How(near, 1.0), torch.device("cpu")).place[0]
+        p, j = place[:, None], place
         exact = near.exact(p, j) & (j <= p)
         i = torch.arange(13)
         terraced = torch.where(i >= 4, i % 4 + 1 + 4, i + 1)
@@ -104,6 +117,29 @@ class TestMixedAttention:
             mixed_attention(q, k, v, phi_q, phi_k, near=Near(5, layout), weight=torch.ones(3))
         with pytest.raises(ValueError, match="window must be a positive int, got 0"):
             Near(0, layout)
+
+
+class TestChosen:
+    def test_forms_and_gradients_agree(self):
+        given = inputs(grad=True, G=2)
+        chosen = torch.rand(2, 37, 4) > 0.7
+        chosen &= (chosen.unflatten(1, (37, 1)).flatten(1, 2).cumsum(1) % 2).bool()
+        kept = torch.randn(2, 9, 4, 6).double(), torch.randn(2, 9, 4, 5).double()
+        kept = [t.requires_grad_() for t in kept]
+        live = torch.rand(2, 9) > 0.3
+        state = torch.rand(2, 4, 7, 5).double(), torch.rand(2, 4, 7).double()
+        found = []
+        for backend in ("reference", "torch"):
+            for starts in (None, torch.tensor([-15]), torch.tensor([-15, -40])):
+                o, after = mixed_attention(
+                    *given, near=Near(5, "terraced"), chosen=chosen, per=5, eps=1e-6,
+                    kept=(*kept, live), state=state, starts=starts, backend=backend,
+                )  # fmt: skip
+                loss = o.square().sum() + sum(t.sin().sum() for t in after)
+                found.append([o, *after, *torch.autograd.grad(loss, [*given, *kept])])
+        for wanted, got in zip(found[:3], found[3:]):
+            for a, b in zip(wanted, got):
+                close(a, b)
 
 
 class TestLolcats:
@@ -193,8 +229,150 @@ def test_softmax_weights_give_the_output():
 def test_weights_by_definition():
     """One row by hand: two near keys and one in the state."""
     q, k, _, phi_q, phi_k = inputs(T=3, B=1, H=1, G=1)
-    a = mixed_weights(q, k, phi_q, phi_k, near=Near(2), scale=0.5)[0, 0, 2]
+    a = mixed_weights(q, k, phi_q, phi_k, How(Near(2), 0.5))[0, 0, 2]
     s = 0.5 * (k[0, :, 0] @ q[0, 2, 0])
     top = s[1:].max()
     by_hand = torch.stack([phi_q[0, 2, 0] @ phi_k[0, 0, 0], *(s[1:] - top).exp()])
     close(a, by_hand / by_hand.sum())
+
+
+class TestHedgehog:
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize("feature_map", ["softmax_dim", "exp", "exp_dim"])
+    def test_weights_are_shares(self, feature_map, causal):
+        _, mixer, x = twins("hedgehog", feature_map=feature_map, causal=causal)
+        given = context(mixer, x)
+        a = mixer.weights(x, given)
+        assert (a >= 0).all()
+        close(a.sum(-1), torch.ones_like(a[..., 0]))
+        if causal:
+            close(a[:, :, 0, 0], torch.ones_like(a[:, :, 0, 0]))
+        v = mixer.qkv(x, given)[2].repeat_interleave(2, 2)
+        close(mixer.heads_out(x, given)[0], torch.einsum("bhij,bjhv->bihv", a, v))
+
+    def test_the_stable_exponential_is_another_map(self):
+        """A key's own factor does not cancel; a query's does where both halves share it."""
+        found = {}
+        for kind in ("exp", "exp_dim"):
+            _, mixer, x = twins("hedgehog", feature_map=kind)
+            found[kind] = mixer.weights(x, context(mixer, x))
+        assert (found["exp"] - found["exp_dim"]).abs().max() > 1e-3
+
+    def test_large_inputs_are_spiky(self):
+        entropies = []
+        for factor in (1.0, 4.0, 16.0):
+            _, mixer, x = twins("hedgehog")
+            torch.nn.init.normal_(mixer.q_proj.weight, std=0.3 * factor)
+            torch.nn.init.normal_(mixer.k_proj.weight, std=0.3 * factor)
+            a = mixer.weights(x, context(mixer, x)).detach()
+            entropies.append(float(-(a * a.clamp_min(1e-12).log()).sum(-1).mean()))
+        assert entropies == sorted(entropies, reverse=True)
+
+    def test_distillation_copies_softmax(self):
+        """Loss, entropy and order after 150 steps, beside elu + 1 and relu in as many."""
+        results = {}
+        for kind in ("softmax_dim", "elu", "relu"):
+            results[kind] = distill(kind)
+        learned = results["softmax_dim"]
+        assert learned["losses"][-1] < learned["losses"][0]
+        assert learned["losses"][-1] > learned["floor"]
+        gap = {kind: r["losses"][-1] - r["floor"] for kind, r in results.items()}
+        assert gap["softmax_dim"] < 0.5 * min(gap["elu"], gap["relu"])
+        off = {kind: abs(r["entropy"] - r["floor"]) for kind, r in results.items()}
+        assert off["softmax_dim"] < 0.7 * min(off["elu"], off["relu"])
+        assert learned["order"] > 0.9
+        assert learned["order"] > results["elu"]["order"]
+
+
+def distill(kind):
+    """Feature maps trained to copy the softmax weights of fixed queries and keys."""
+    torch.manual_seed(0)
+    mixer = subquad.create_mixer("hedgehog", dim=16, heads=2, head_dim=16, feature_map=kind)
+    q, k = 1.5 * torch.randn(4, 24, 2, 16), 1.5 * torch.randn(4, 24, 2, 16)
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) / 4
+    future = torch.ones(24, 24, dtype=torch.bool).triu(1)
+    p = scores.masked_fill(future, -torch.inf).softmax(-1)
+    learned = [*mixer.feature_map_q.parameters(), *mixer.feature_map_k.parameters()]
+    optimizer, losses = torch.optim.AdamW(learned, lr=1e-2, weight_decay=0), []
+    for _ in range(150):
+        a = torch.einsum("bihf,bjhf->bhij", *mixer.features(q, k)).masked_fill(future, 0)
+        a = a / (a.sum(-1, keepdim=True) + 1e-12)
+        loss = -(p * a.clamp_min(1e-12).log()).sum(-1).mean()
+        losses.append(float(loss))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    a = a.detach()
+    ranks = [t[:, :, -1].argsort(-1).argsort(-1).float() for t in (a, scores)]
+    centred = [r - r.mean(-1, keepdim=True) for r in ranks]
+    order = (centred[0] * centred[1]).sum(-1) / (centred[0].norm(dim=-1) * centred[1].norm(dim=-1))
+
+    def entropy(w):
+        return float(-(w * w.clamp_min(1e-12).log()).sum(-1).mean())
+
+    return {
+        "losses": losses,
+        "floor": entropy(p),
+        "entropy": entropy(a),
+        "order": float(order.mean()),
+    }
+
+
+class TestLawcat:
+    def test_plain_convolution_and_no_gate_is_hedgehog_without_rotation(self):
+        _, mixer, x = twins("lawcat")
+        _, plain, _ = twins("hedgehog", features=2, feature_bias=False, rope_theta=None, eps=1e-10)
+        with torch.no_grad():
+            mixer.q_conv.weight[..., :-1] = 0
+            mixer.k_conv.weight[..., :-1] = 0
+            mixer.gk_proj[1].bias += 1e3
+        close(mixer(x)[0], plain(x)[0], 1e-7)
+
+    def test_a_constant_value_comes_back(self):
+        _, mixer, x = twins("lawcat", bias=True)
+        torch.nn.init.zeros_(mixer.v_proj.weight)
+        torch.nn.init.constant_(mixer.v_proj.bias, 3.0)
+        o, _ = mixer.heads_out(x, context(mixer, x))
+        close(o, torch.full_like(o, 3.0), 1e-7)
+
+    def test_a_strong_gate_leaves_the_present(self):
+        _, mixer, x = twins("lawcat", gate_normalizer=1e-3)
+        torch.nn.init.constant_(mixer.gk_proj[1].bias, -1.0)
+        given = context(mixer, x)
+        v = mixer.qkv(x, given)[2].repeat_interleave(2, 2)
+        close(mixer.heads_out(x, given)[0], v, 1e-6)
+
+    def test_the_scale_of_phi_q_cancels(self):
+        _, mixer, x = twins("lawcat", feature_map="exp", tied=False, eps=0.0)
+        want = mixer(x)[0]
+        mixer.feature_map_q.register_forward_hook(lambda *args: 7.0 * args[-1])
+        close(mixer(x)[0], want)
+
+    @pytest.mark.parametrize("window", [0, 5])
+    def test_weights(self, window):
+        _, mixer, x = twins("lawcat", window=window)
+        given = context(mixer, x)
+        a = mixer.weights(x, given)
+        assert (a >= 0).all()
+        close(a.sum(-1), torch.ones_like(a[..., 0]), 1e-6)
+        v = mixer.qkv(x, given)[2].repeat_interleave(2, 2)
+        close(mixer.heads_out(x, given)[0], torch.einsum("bhij,bjhv->bihv", a, v))
+
+    def test_old_tokens_fade(self):
+        _, mixer, _ = twins("lawcat")
+        x = torch.ones(1, 40, 16, dtype=torch.float64)
+        a = mixer.weights(x, context(mixer, x))[:, :, -1, 4:]
+        assert (a.diff() > 0).all()
+
+    def test_it_begins_near_the_teacher(self):
+        errors = {"identity": 0.0, "random": 0.0}
+        for name in errors:
+            teacher, mixer, x = twins("lawcat")
+            if name == "random":
+                for conv in (mixer.q_conv, mixer.k_conv):
+                    torch.nn.init.normal_(conv.weight)
+                torch.nn.init.normal_(mixer.feature_map_q.weight)
+            want, _ = teacher.heads_out(x, context(teacher, x))
+            got, _ = mixer.heads_out(x, context(mixer, x))
+            errors[name] = float((got - want).square().mean())
+        assert errors["identity"] < errors["random"]

@@ -85,6 +85,27 @@ _CARDS = (
         evidence=("facts", "golden"),
     ),
     System(
+        key="hedgehog",
+        name="Hedgehog",
+        paper="The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry",
+        arxiv="2402.04347",
+        family="kernel linear attention",
+        kind="mixer",
+        home="subquad.mixers.hedgehog:Hedgehog",
+        evidence=("facts",),
+    ),
+    System(
+        key="lawcat",
+        name="LAWCAT",
+        paper="LAWCAT: Efficient Distillation from Quadratic to Linear Attention with Convolution "
+        "across Tokens for Long Context Modeling",
+        arxiv="2509.18467",
+        family="conversion",
+        kind="mixer",
+        home="subquad.mixers.lawcat:LAWCAT",
+        evidence=("facts",),
+    ),
+    System(
         key="lolcats",
         name="LoLCATs",
         paper="LoLCATs: On Low-Rank Linearizing of Large Language Models",

@@ -21,7 +21,7 @@ from subquad.mixers.parts.head_map import HeadMap
 from subquad.mixers.parts.past import Span
 from subquad.mixers.softmax import Softmax
 from subquad.ops import checks
-from subquad.ops.kernel_attention import Near, cost, mixed_attention
+from subquad.ops.kernel_attention import How, Near, cost, mixed_attention
 from subquad.ops.kernel_attention.reference import mixed_weights
 from subquad.ops.layout import repeat_heads
 
@@ -87,7 +87,8 @@ class LoLCATs(Softmax):
         past = None if context.state is None else (context.state["S"], context.state["z"])
         o, after = mixed_attention(
             q, k, v, phi_q, phi_k, near=near, scale=self.scale, weight=weight, state=past,
-            starts=span.starts, cu_seqlens=span.cu_seqlens,
+            starts=span.starts, seen=None if past is None else context.seen,
+            cu_seqlens=span.cu_seqlens,
         )  # fmt: skip
         if slides and near.terraced:
             if span.cu_seqlens is not None:
@@ -114,9 +115,8 @@ class LoLCATs(Softmax):
         q, k, _ = self.qkv(x, context)
         starts = Span(context, {"k": k}).starts
         phi_q, phi_k, weight = self.features(q, k)
-        return mixed_weights(
-            q, k, phi_q, phi_k, near=self.near, scale=self.scale, weight=weight, starts=starts
-        )
+        how = How(self.near, self.scale, weight, starts=starts)
+        return mixed_weights(q, k, phi_q, phi_k, how)
 
     def state_bytes(self, T: int, dtype: torch.dtype = torch.float32) -> int:
         slides = self.decode == "sliding"

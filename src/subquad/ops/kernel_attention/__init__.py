@@ -22,9 +22,18 @@ from subquad.ops import checks
 from subquad.ops.backend import Backend, Request, choose, without_autocast
 from subquad.ops.kernel_attention.bidirectional import bidirectional
 from subquad.ops.kernel_attention.landmarks import landmark_attention
-from subquad.ops.kernel_attention.near import Near
+from subquad.ops.kernel_attention.near import How, Near
 
-__all__ = ["BACKENDS", "Near", "bidirectional", "landmark_attention", "mixed_attention", "request"]
+__all__ = [
+    "BACKENDS",
+    "How",
+    "Near",
+    "bidirectional",
+    "landmark_attention",
+    "mixed_attention",
+    "request",
+    "window_sums",
+]
 
 
 def _always(request: Request) -> tuple[bool, str]:
@@ -76,8 +85,11 @@ def mixed_attention(
     weight: Tensor | None = None,
     gate: Tensor | None = None,
     chosen: Tensor | None = None,
+    per: int = 0,
+    kept: tuple[Tensor, Tensor, Tensor] | None = None,
     state: tuple[Tensor, Tensor] | None = None,
     starts: Tensor | None = None,
+    seen: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     eps: float = 0.0,
     backend: str | None = None,
@@ -96,10 +108,15 @@ def mixed_attention(
         scale: multiplies the exact scores; K**-0.5 where None.
         weight: ``[H]``, w; 1 where None.
         gate: ``[B,T,H,V]``, multiplies what is read of the linear part, not its denominator.
-        chosen: bool ``[B,S,H]``, tokens that stay exact for all queries.
+        chosen: bool ``[B,S,H]``, tokens that stay exact for all later queries, at most ``per`` of
+            each block of ``near.window`` (terraced, and not packed); they enter no state.
+        kept: keys ``[B,M,H,K]``, values ``[B,M,H,V]`` and bool ``[B,M]``, which of them are there:
+            chosen tokens before the S columns, exact for all queries.
         state: ``(S [N,H,F,V], z [N,H,F])`` as a call returned it.
         starts: int ``[B]`` or ``[1]``, the column of each row's token 0: positive behind left
             padding, negative where the first tokens are no longer there; 0 where None.
+        seen: int64 ``[B]``, the tokens before the call, which the state knows of; those before
+            the last T columns where None.
         cu_seqlens: int32 ``[N+1]``, the boundaries of packed sequences (B = 1, T = S).
         eps: added to the denominator.
         backend: run this implementation; None lets the verifiers choose.
@@ -132,6 +149,11 @@ def mixed_attention(
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
     expected = {"weight": (weight, (H,)), "gate": (gate, (B, T, H, sizes["V"]))}
     expected["chosen"] = (chosen, (B, S, H))
+    if kept is not None:
+        M = kept[0].shape[1]
+        expected["kept[0]"] = kept[0], (B, M, H, sizes["K"])
+        expected["kept[1]"] = kept[1], (B, M, H, sizes["V"])
+        expected["kept[2]"] = kept[2], (B, M)
     if state is not None:
         expected["state[0]"] = state[0], (N, H, sizes["F"], sizes["V"])
         expected["state[1]"] = state[1], (N, H, sizes["F"])
@@ -140,7 +162,18 @@ def mixed_attention(
             checks.shape(name, t, shape)
     if starts is not None and starts.shape not in ((B,), (1,)):
         raise ValueError(f"starts must be [{B}] or [1], got {list(starts.shape)}")
+    if chosen is not None and (not near.terraced or per < 1 or cu_seqlens is not None):
+        raise ValueError(
+            "chosen needs near='terraced', per >= 1 and no cu_seqlens, got "
+            f"{near.layout!r}, per={per}, cu_seqlens={cu_seqlens}"
+        )
+    if kept is not None and chosen is None:
+        raise ValueError("kept needs chosen beside it, got None")
     floats = (q, k, v, phi_q, phi_k, weight, gate, *(state or ()))
+    how = How(
+        near, sizes["K"] ** -0.5 if scale is None else scale, weight, gate, chosen, per, kept,
+        state, starts, seen, cu_seqlens, eps,
+    )  # fmt: skip
     asked = request(
         B=B, T=T, S=S, H=H, G=G, K=sizes["K"], V=sizes["V"], F=sizes["F"], window=near.window,
         layout=near.layout, device=q.device.type, dtype=q.dtype, packed=cu_seqlens is not None,
@@ -149,8 +182,35 @@ def mixed_attention(
     )  # fmt: skip
     run = choose("kernel_attention", BACKENDS, asked, backend).load()
     with without_autocast(q.device.type):
-        return run(
-            q, k, v, phi_q, phi_k, near=near, weight=weight, gate=gate, chosen=chosen,
-            scale=sizes["K"] ** -0.5 if scale is None else scale, state=state, starts=starts,
-            cu_seqlens=cu_seqlens, eps=eps,
-        )  # fmt: skip
+        return run(q, k, v, phi_q, phi_k, how)
+
+
+def window_sums(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    *,
+    scale: float,
+    starts: Tensor | None = None,
+    seen: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """``sum_j exp(scale q_i . k_j - m_i) [v_j; 1]`` over the last ``window`` tokens j <= i.
+
+    What :func:`mixed_attention` adds to its linear part, for attention that adds another.
+
+    Args:
+        q: ``[B,T,H,K]``, the last T of the S tokens; k: ``[B,S,G,K]``; v: ``[B,S,G,V]``.
+        starts, seen, cu_seqlens: as there; ``seen`` where there is a past.
+
+    Returns:
+        ``[B,T,H,V+1]``, float32 (float64 for float64 inputs). Differentiable.
+    """
+    checks.shapes({"q": (q, "B T H K"), "k": (k, "B S G K"), "v": (v, "B S G V")})
+    from subquad.ops.kernel_attention.torch import near_window
+
+    with without_autocast(q.device.type):
+        return near_window(
+            q, k, v, How(Near(window), scale, starts=starts, seen=seen, cu_seqlens=cu_seqlens)
+        )

@@ -62,22 +62,59 @@ class Near:
         return own + (T - w) * w if w < T else own
 
 
-def places(
-    tokens: int, starts: Tensor | None, cu_seqlens: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The place of each column's token in its sequence, and the sequence's number.
+@dataclass(frozen=True)
+class How:
+    """What mixed attention is asked, beside its five tensors; see the public function."""
 
-    Args:
-        tokens: S, columns of a row.
-        starts: int ``[B]`` or ``[1]``, the column of each row's token 0; None for 0.
-        cu_seqlens: the boundaries of packed sequences, or None.
+    near: Near
+    scale: float
+    weight: Tensor | None = None
+    gate: Tensor | None = None
+    chosen: Tensor | None = None
+    per: int = 0
+    kept: tuple[Tensor, Tensor, Tensor] | None = None
+    state: tuple[Tensor, Tensor] | None = None
+    starts: Tensor | None = None
+    seen: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    eps: float = 0.0
 
-    Returns:
-        int64 ``[B or 1, S]`` twice; a negative place is padding.
+
+@dataclass(frozen=True)
+class Places:
+    """Where the S columns stand.
+
+    Attributes:
+        place: int64 ``[B or 1, S]``, each token's place in its sequence; negative at padding.
+        ids: int64, likewise, the number of its sequence.
+        live: bool, likewise, whether it is there and not yet in the state.
+        flushed: bool, likewise, whether the state after the call takes it over (unless chosen).
     """
-    columns = torch.arange(tokens, device=device)[None]
-    if cu_seqlens is None:
-        place = columns if starts is None else columns - starts.long()[:, None]
-        return place, torch.zeros_like(columns)
-    which = torch.searchsorted(cu_seqlens[1:].contiguous(), columns, right=True)
-    return columns - cu_seqlens[which], which
+
+    place: Tensor
+    ids: Tensor
+    live: Tensor
+    flushed: Tensor
+
+    @property
+    def key_ids(self) -> Tensor:
+        return torch.where(self.live, self.ids, -1)
+
+
+def places(T: int, S: int, how: How, device: torch.device) -> Places:
+    """Of T queries, the last of S columns. A packed row has no past: its state covers none."""
+    columns, near = torch.arange(S, device=device)[None], how.near
+    if how.cu_seqlens is not None:
+        cu = how.cu_seqlens
+        which = torch.searchsorted(cu[1:].contiguous(), columns, right=True)
+        place = columns - cu[which]
+        after = cu.diff()[which]
+        live = torch.ones_like(place, dtype=torch.bool)
+        return Places(place, which, live, place < near.flushed(after))
+    place = columns if how.starts is None else columns - how.starts.long()[:, None]
+    live = place >= 0
+    if how.state is not None or how.seen is not None:
+        seen = place[:, 0] + S - T if how.seen is None else how.seen
+        live = live & (place >= near.flushed(seen.clamp_min(0))[:, None])
+    after = near.flushed((place[:, :1] + S).clamp_min(0))
+    return Places(place, torch.zeros_like(place), live, live & (place < after))

@@ -10,112 +10,91 @@ In the dtype it is given, in float32 at least; float64 in the tests. Quadratic.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops.kernel_attention.near import Near, places
+from subquad.ops.kernel_attention.near import How, places
 from subquad.ops.layout import repeat_heads, segments
+
+Pair = tuple[Tensor, Tensor]
 
 
 def mixed_attention(
-    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, *, near: Near, scale: float,
-    weight: Tensor | None, gate: Tensor | None, chosen: Tensor | None,
-    state: tuple[Tensor, Tensor] | None, starts: Tensor | None, cu_seqlens: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    rest: dict[str, Any] = {"near": near, "scale": scale, "weight": weight, "eps": eps}
-    if cu_seqlens is None:
-        return _rows(
-            q, k, v, phi_q, phi_k, gate=gate, chosen=chosen, state=state, starts=starts, **rest
-        )
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, how: How
+) -> tuple[Tensor, Pair]:
+    if how.cu_seqlens is None:
+        return _rows(q, k, v, phi_q, phi_k, how)
     parts = []
-    for n, cut in enumerate(segments(cu_seqlens)):
-        by_token = [None if t is None else t[:, cut] for t in (gate, chosen)]
-        past = None if state is None else (state[0][n : n + 1], state[1][n : n + 1])
-        inputs = (t[:, cut] for t in (q, k, v, phi_q, phi_k))
-        gates, kept = by_token
-        parts.append(_rows(*inputs, gate=gates, chosen=kept, state=past, starts=None, **rest))
+    for n, cut in enumerate(segments(how.cu_seqlens)):
+        gate = None if how.gate is None else how.gate[:, cut]
+        past = None if how.state is None else (how.state[0][n : n + 1], how.state[1][n : n + 1])
+        own = replace(how, gate=gate, state=past, cu_seqlens=None)
+        cuts = q[:, cut], k[:, cut], v[:, cut], phi_q[:, cut], phi_k[:, cut]
+        parts.append(_rows(*cuts, own))
     S = torch.cat([state[0] for _, state in parts])
     z = torch.cat([state[1] for _, state in parts])
     return torch.cat([o for o, _ in parts], 1), (S, z)
 
 
-def _rows(q, k, v, phi_q, phi_k, *, near, scale, weight, gate, chosen, state, starts, eps):
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    (B, T, H, _), S, (L, F) = q.shape, k.shape[1], (phi_k.shape[1], phi_k.shape[3])
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, how: How
+) -> tuple[Tensor, Pair]:
+    dtype, out = torch.promote_types(v.dtype, torch.float32), v.dtype
+    (B, T, H, _), S, (L, width) = q.shape, k.shape[1], (phi_k.shape[1], phi_k.shape[3])
+    S0, z0 = how.state or (
+        q.new_zeros(B, H, width, v.shape[3], dtype=dtype),
+        q.new_zeros(B, H, width, dtype=dtype),
+    )
+    S0, z0 = S0.to(dtype), z0.to(dtype)
     if S == 0:
-        empty = state or (q.new_zeros(B, H, F, v.shape[3], dtype=dtype), q.new_zeros(B, H, F))
-        return v.new_zeros(B, 0, H, v.shape[3]), empty
-    exact, linear, flushed = pairs(S, T, near, chosen, starts, state is not None, q.device)
-    out = v.dtype
+        return v.new_zeros(B, 0, H, v.shape[3]), (S0, z0)
     v = repeat_heads(v, H).to(dtype)
     phi_q, phi_k = phi_q.to(dtype), phi_k.to(dtype)
-    a, b = weigh(q, k, phi_q, phi_k, exact, linear, scale, weight)
-    far = torch.einsum("bhij,bjhv->bihv", b, v)
-    total = (a.sum(-1) + b.sum(-1)).transpose(1, 2)
-    if state is not None:
-        far = far + torch.einsum("bihf,bhfv->bihv", phi_q, state[0].to(dtype))
-        total = total + torch.einsum("bihf,bhf->bih", phi_q, state[1].to(dtype))
-    far = far if gate is None else far * gate.to(dtype)
-    total = total + eps
-    o = torch.einsum("bhij,bjhv->bihv", a, v) + far
+    a, b = weigh(q, k, phi_q, phi_k, how)
+    values = v if how.kept is None else torch.cat([v, how.kept[1].to(dtype)], 1)
+    far = torch.einsum("bhij,bjhv->bihv", b, v) + torch.einsum("bihf,bhfv->bihv", phi_q, S0)
+    far = far if how.gate is None else far * how.gate.to(dtype)
+    total = (a.sum(-1) + b.sum(-1)).transpose(1, 2) + torch.einsum("bihf,bhf->bih", phi_q, z0)
+    total = total + how.eps
+    o = torch.einsum("bhij,bjhv->bihv", a, values) + far
     o = o / torch.where(total == 0, 1.0, total)[..., None]
+
+    flushed = places(T, S, how, q.device).flushed[..., None]
+    flushed = flushed if how.chosen is None else flushed & ~how.chosen
     left = phi_k * flushed[:, :L].to(dtype)[..., None]
-    after = torch.einsum("bjhf,bjhv->bhfv", left, v[:, :L]), left.sum(1)
-    if state is not None:
-        after = after[0] + state[0].to(dtype), after[1] + state[1].to(dtype)
-    return o.to(out), after
+    return o.to(out), (S0 + torch.einsum("bjhf,bjhv->bhfv", left, v[:, :L]), z0 + left.sum(1))
 
 
-def mixed_weights(
-    q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, *, near: Near, scale: float,
-    weight: Tensor | None = None, chosen: Tensor | None = None, starts: Tensor | None = None,
-    eps: float = 0.0,
-) -> Tensor:  # fmt: skip
-    """``(a + b) / (sum (a + b) + eps)``, ``[B,H,T,T]``, of whole texts without a past."""
-    T = q.shape[1]
-    exact, linear, _ = pairs(T, T, near, chosen, starts, False, q.device)
-    a, b = weigh(q, k, phi_q, phi_k, exact, linear, scale, weight)
-    total = (a + b).sum(-1, keepdim=True) + eps
-    return (a + b) / torch.where(total == 0, 1.0, total)
-
-
-def pairs(
-    S: int, T: int, near: Near, chosen: Tensor | None, starts: Tensor | None, past: bool,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Of the last T queries and all S keys: the exact pairs and the linear ones, bool
-    ``[B or 1, H or 1, T, S]``, and the keys that the state takes over, ``[B or 1, S, H or 1]``."""
-    place, _ = places(S, starts, None, device)
-    covered = near.flushed(_seen(place, S - T)) if past else torch.zeros_like(place[:, 0])
-    live = (place >= 0) & (place >= covered[:, None])
-    p, j = place[:, None, S - T :, None], place[:, None, None, :]
-    causal = (j <= p) & live[:, None, None]
-    exact = near.exact(p, j)
-    flushed = (live & (place < near.flushed(_seen(place, S))[:, None]))[..., None]
-    if chosen is not None:
-        exact = exact | chosen.transpose(1, 2)[:, :, None]
-        flushed = flushed & ~chosen
-    return causal & exact, causal & ~exact, flushed
-
-
-def _seen(place: Tensor, columns: int) -> Tensor:
-    """int64 ``[B or 1]``, the tokens of each sequence before the column ``columns``."""
-    return (place[:, 0] + columns).clamp_min(0)
-
-
-def weigh(q, k, phi_q, phi_k, exact, linear, scale, weight) -> tuple[Tensor, Tensor]:
-    """The weights a and b ``[B,H,T,S]`` before the division."""
-    dtype, H, S = phi_q.dtype, q.shape[2], k.shape[1]
-    scores = scale * torch.einsum("bihk,bjhk->bhij", q.to(dtype), repeat_heads(k, H).to(dtype))
+def weigh(q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, how: How) -> Pair:
+    """a ``[B,H,T,S(+M)]`` and b ``[B,H,T,S]`` before the division, a over the kept keys too."""
+    (T, H), S, dtype = q.shape[1:3], k.shape[1], torch.promote_types(phi_q.dtype, torch.float32)
+    at = places(T, S, how, q.device)
+    p, j = at.place[:, None, S - T :, None], at.place[:, None, None]
+    causal = (j <= p) & at.live[:, None, None]
+    exact = how.near.exact(p, j)
+    if how.chosen is not None:
+        exact = exact | how.chosen.transpose(1, 2)[:, :, None]
+    exact, linear = causal & exact, causal & ~exact
+    k = repeat_heads(k, H)
+    if how.kept is not None:
+        k = torch.cat([k, how.kept[0]], 1)
+        seen = how.kept[2][:, None, None].expand(-1, H, T, -1)
+        exact = torch.cat([exact.expand(len(seen), H, -1, -1), seen], -1)
+    scores = how.scale * torch.einsum("bihk,bjhk->bhij", q.to(dtype), k.to(dtype))
     scores = scores.masked_fill(~exact, -torch.inf)
     top = scores.amax(-1, keepdim=True)
     a = (scores - torch.where(top == -torch.inf, 0.0, top)).exp()
-    if weight is not None:
-        a = a * weight.to(dtype)[:, None, None]
-    short = S - phi_k.shape[1]
-    b = torch.einsum("bihf,bjhf->bhij", phi_q, phi_k)
-    b = torch.nn.functional.pad(b, (0, short)).masked_fill(~linear, 0.0)
-    return a, b
+    if how.weight is not None:
+        a = a * how.weight.to(dtype)[:, None, None]
+    b = torch.einsum("bihf,bjhf->bhij", phi_q.to(dtype), phi_k.to(dtype))
+    return a, F.pad(b, (0, S - phi_k.shape[1])).masked_fill(~linear, 0.0)
+
+
+def mixed_weights(q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, how: How) -> Tensor:
+    """``(a + b) / (sum (a + b) + eps)``, ``[B,H,T,T]``, of whole texts without a past."""
+    a, b = weigh(q, k, phi_q, phi_k, how)
+    total = (a + b).sum(-1, keepdim=True) + how.eps
+    return (a + b) / torch.where(total == 0, 1.0, total)

@@ -17,59 +17,62 @@ from torch import Tensor
 from subquad.ops.kernel_attention import reference
 from subquad.ops.kernel_attention.exact import Band, near_sums
 from subquad.ops.kernel_attention.grid import Grid
-from subquad.ops.kernel_attention.near import Near, places
+from subquad.ops.kernel_attention.near import How, Places, places
 from subquad.ops.layout import repeat_heads
 
 FEW = 8  # up to this many queries (decode) are one product with what they may see
 BLOCK = 64  # queries that share their near keys, at least and up to 4 times as many
+NEVER = 1 << 40  # the block from which a key that is not there is seen
 
 
 def mixed_attention(
-    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, *, near: Near, scale: float,
-    weight: Tensor | None, gate: Tensor | None, chosen: Tensor | None,
-    state: tuple[Tensor, Tensor] | None, starts: Tensor | None, cu_seqlens: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    T, S = q.shape[1], k.shape[1]
-    few = cu_seqlens is None and T <= FEW and near.reach + FEW >= S
-    if few or S == 0 or chosen is not None:
-        return reference.mixed_attention(
-            q, k, v, phi_q, phi_k, near=near, scale=scale, weight=weight, gate=gate,
-            chosen=chosen, state=state, starts=starts, cu_seqlens=cu_seqlens, eps=eps,
-        )  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, how: How
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    T, S, near = q.shape[1], k.shape[1], how.near
+    few = how.cu_seqlens is None and T <= FEW and near.reach + FEW >= S
+    if few or S == 0:
+        return reference.mixed_attention(q, k, v, phi_q, phi_k, how)
     dtype, out = torch.promote_types(v.dtype, torch.float32), v.dtype
     q, k, phi_q, phi_k = (x.to(dtype) for x in (q, k, phi_q, phi_k))
     ones = F.pad(v.to(dtype), (0, 1), value=1.0)  # the denominator is a value that is always one
-    place, ids = places(S, starts, cu_seqlens, q.device)
-    live = place >= 0
-    if state is not None and cu_seqlens is None:
-        covered = near.flushed((place[:, :1] + S - T).clamp_min(0))
-        live = live & (place >= covered)
-    k_ids = torch.where(live, ids, -1)
-    joined = None
-    if state is not None:
-        joined = torch.cat([state[0].to(dtype), state[1].to(dtype)[..., None]], -1)
+    at = places(T, S, how, q.device)
+    past = None
+    if how.state is not None:
+        past = torch.cat([how.state[0].to(dtype), how.state[1].to(dtype)[..., None]], -1)
     run = _terraced if near.terraced else _sliding
-    exact, far, last = run(
-        q, k, ones, phi_q, phi_k, near, scale, joined, starts, cu_seqlens, place, ids, k_ids
-    )
-    if weight is not None:
-        exact = exact * weight.to(dtype)[:, None]
-    total = exact[..., -1:] + far[..., -1:] + eps
-    far = far[..., :-1] if gate is None else far[..., :-1] * gate.to(dtype)
+    exact, far, last = run(q, k, ones, phi_q, phi_k, how, past, at)
+    if how.weight is not None:
+        exact = exact * how.weight.to(dtype)[:, None]
+    total = exact[..., -1:] + far[..., -1:] + how.eps
+    far = far[..., :-1] if how.gate is None else far[..., :-1] * how.gate.to(dtype)
     o = (exact[..., :-1] + far) / torch.where(total == 0, 1.0, total)
     return o.to(out), (last[..., :-1], last[..., -1])
 
 
-def _sliding(q, k, v, phi_q, phi_k, near, scale, state, starts, cu, place, ids, k_ids):
+def near_window(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+    """The exact part of a sliding window and its sum, ``[B,T,H,V+1]``, alone."""
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    ones = F.pad(v.to(dtype), (0, 1), value=1.0)
+    return _window(
+        q.to(dtype), k.to(dtype), ones, how, places(q.shape[1], k.shape[1], how, q.device)
+    )
+
+
+def _window(q: Tensor, k: Tensor, v: Tensor, how: How, at: Places) -> Tensor:
+    T, S, w = q.shape[1], k.shape[1], how.near.window
+    block = min(max(w, BLOCK), 4 * BLOCK, max(16, T))
+    band = Band(block, -(-(w - 1) // block), w)
+    ids = at.ids[:, S - T :]
+    return near_sums(q, k, v, band, scale=how.scale, q_ids=ids, k_ids=at.key_ids)
+
+
+def _sliding(q, k, v, phi_q, phi_k, how: How, state, at: Places):
     """Keys w tokens late: the state that query i reads is that of token i - w."""
     from subquad.ops.recurrence import recurrence
 
-    T, S, w = q.shape[1], k.shape[1], near.window
-    block = min(max(w, BLOCK), 4 * BLOCK, max(16, T))
-    band = Band(block, -(-(w - 1) // block), w)
-    exact = near_sums(q, k, v, band, scale=scale, q_ids=ids[:, S - T :], k_ids=k_ids)
-    first = S - T - w  # the key that query 0 is the first to see in the state
+    T, S, k_ids = q.shape[1], k.shape[1], at.key_ids
+    exact = _window(q, k, v, how, at)
+    first = S - T - how.near.window  # the key that query 0 is the first to see in the state
     old = max(first, 0)
     if old:
         before = _written(phi_k[:, :old], v[:, :old], k_ids[:, :old])
@@ -77,28 +80,56 @@ def _sliding(q, k, v, phi_q, phi_k, near, scale, state, starts, cu, place, ids, 
     hold, until = min(max(-first, 0), T), max(first + T, 0)
     late_k, late_v = (F.pad(x[:, old:until], (0, 0, 0, 0, hold, 0)) for x in (phi_k, v))
     late_ids = F.pad(k_ids[:, old:until], (hold, 0), value=-1)
-    late_k = late_k.masked_fill((late_ids != ids[:, S - T :])[..., None, None], 0)
-    far, last = recurrence(phi_q, late_k, late_v, scale=1.0, state=state, cu_seqlens=cu)
+    late_k = late_k.masked_fill((late_ids != at.ids[:, S - T :])[..., None, None], 0)
+    far, last = recurrence(phi_q, late_k, late_v, scale=1.0, state=state, cu_seqlens=how.cu_seqlens)
     return exact, far, last
 
 
-def _terraced(q, k, v, phi_q, phi_k, near, scale, state, starts, cu, place, ids, k_ids):
+def _terraced(q, k, v, phi_q, phi_k, how: How, state, at: Places):
     """On a grid of blocks: block n reads the state after block n - 2."""
-    T, S, w = q.shape[1], k.shape[1], near.window
-    grid = Grid(S, w, starts, cu, q.device)
+    T, S, H, w = q.shape[1], k.shape[1], q.shape[2], how.near.window
+    grid = Grid(S, w, how.starts, how.cu_seqlens, q.device)
     q, phi_q = (F.pad(x, (0, 0, 0, 0, S - T, 0)) for x in (q, phi_q))
     phi_k = F.pad(phi_k, (0, 0, 0, 0, 0, S - phi_k.shape[1]))
+    ids, k_ids = grid.lay(at.ids, fill=-2), grid.lay(at.key_ids, fill=-1)
+    linear = (k_ids >= 0)[..., None]
+    band, extra = Band(w, 1, 2 * w), None
+    if how.chosen is not None:
+        chosen = grid.lay(how.chosen) & linear
+        linear = linear & ~chosen
+        k, v = repeat_heads(k, H), repeat_heads(v, H)
     q, k, v, phi_q, phi_k = (grid.lay(x) for x in (q, k, v, phi_q, phi_k))
-    ids, k_ids = grid.lay(ids, fill=-2), grid.lay(k_ids, fill=-1)
-    exact = near_sums(q, k, v, Band(w, 1, 2 * w), scale=scale, q_ids=ids, k_ids=k_ids)
-    phi_k = phi_k.masked_fill((k_ids < 0)[..., None, None], 0)
-    v = repeat_heads(v, phi_k.shape[2])
-    blocks = (x.unflatten(1, (-1, w)).transpose(2, 3) for x in (phi_q, phi_k, v))  # [B,N,H,w,.]
-    phi_q, phi_k, v = blocks
+    if how.chosen is not None:
+        band, extra = _extra(k, v, chosen, how)
+    exact = near_sums(q, k, v, band, scale=how.scale, q_ids=ids, k_ids=k_ids, extra=extra)
+    phi_k, v = phi_k.masked_fill(~linear[..., None], 0), repeat_heads(v, H)
+    blocks = (x.unflatten(1, (-1, w)).transpose(2, 3) for x in (phi_q, phi_k, v))
+    phi_q, phi_k, v = blocks  # [B,N,H,w,.]
     states, last = _prefix(phi_k.mT @ v, state, grid)
     far = (phi_q @ states).transpose(2, 3).flatten(1, 2)
     exact, far = (grid.lift(x)[:, S - T :] for x in (exact, far))
     return exact, far, last
+
+
+def _extra(k: Tensor, v: Tensor, chosen: Tensor, how: How):
+    """The chosen keys of each block, seen from two blocks later on, behind those kept before."""
+    w, per = how.near.window, min(how.per, how.near.window)
+    flags, index = chosen.unflatten(1, (-1, w)).to(torch.uint8).topk(per, dim=2)  # [B,N,per,H]
+    block = torch.arange(flags.shape[1], device=k.device)[:, None, None]
+    births = torch.where(flags > 0, block + 2, NEVER).flatten(1, 2)
+    picked = []
+    for x in (k, v):
+        blocks = x.unflatten(1, (-1, w))
+        every = index[..., None].expand(*index.shape, x.shape[3])
+        picked.append(blocks.gather(2, every).flatten(1, 2))
+    if how.kept is None:
+        return Band(w, 1, 2 * w, per), (*picked, births)
+    before, values, live = how.kept
+    values = F.pad(values.to(v.dtype), (0, 1), value=1.0)
+    old = torch.where(live, 0, NEVER)[..., None].expand(*live.shape, k.shape[2])
+    picked = [torch.cat([a.to(b.dtype), b], 1) for a, b in zip((before, values), picked)]
+    births = torch.cat([old, births], 1)
+    return Band(w, 1, 2 * w, per, live.shape[1]), (*picked, births)
 
 
 def _prefix(written: Tensor, state: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
