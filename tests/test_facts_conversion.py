@@ -269,7 +269,7 @@ class TestHedgehog:
         assert entropies == sorted(entropies, reverse=True)
 
     def test_distillation_copies_softmax(self):
-        """Loss, entropy and order after 150 steps, beside elu + 1 and relu in as many."""
+        """Loss, entropy and order after 300 steps, beside elu + 1 and relu in as many."""
         results = {}
         for kind in ("softmax_dim", "elu", "relu"):
             results[kind] = distill(kind)
@@ -279,7 +279,7 @@ class TestHedgehog:
         gap = {kind: r["losses"][-1] - r["floor"] for kind, r in results.items()}
         assert gap["softmax_dim"] < 0.5 * min(gap["elu"], gap["relu"])
         off = {kind: abs(r["entropy"] - r["floor"]) for kind, r in results.items()}
-        assert off["softmax_dim"] < 0.7 * min(off["elu"], off["relu"])
+        assert off["softmax_dim"] < 0.5 * min(off["elu"], off["relu"])
         assert learned["order"] > 0.9
         assert learned["order"] > results["elu"]["order"]
 
@@ -288,17 +288,18 @@ def distill(kind):
     """Feature maps trained to copy the softmax weights of fixed queries and keys."""
     torch.manual_seed(0)
     mixer = subquad.create_mixer("hedgehog", dim=16, heads=2, head_dim=16, feature_map=kind)
-    q, k = 1.5 * torch.randn(4, 24, 2, 16), 1.5 * torch.randn(4, 24, 2, 16)
+    few = torch.randn(3, 16)  # directions that queries and keys lie in
+    q, k = torch.randn(4, 24, 2, 3) @ few, torch.randn(4, 24, 2, 3) @ few
     scores = torch.einsum("bihk,bjhk->bhij", q, k) / 4
     future = torch.ones(24, 24, dtype=torch.bool).triu(1)
     p = scores.masked_fill(future, -torch.inf).softmax(-1)
     learned = [*mixer.feature_map_q.parameters(), *mixer.feature_map_k.parameters()]
     optimizer, losses = torch.optim.AdamW(learned, lr=1e-2, weight_decay=0), []
-    for _ in range(150):
+    for _ in range(300):
         a = torch.einsum("bihf,bjhf->bhij", *mixer.features(q, k)).masked_fill(future, 0)
         a = a / (a.sum(-1, keepdim=True) + 1e-12)
         loss = -(p * a.clamp_min(1e-12).log()).sum(-1).mean()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
