@@ -42,6 +42,9 @@ PREFILL = {
     "block_topk": lambda T: f"block_topk:block=64,topk={max(3, T // 1280)},variant=frontier",
     "flexprefill": lambda T: f"flexprefill:gamma=0.5,tau=0,max_budget={max(512, T // 20)}",
     "hip": lambda T: f"hip:budget={max(512, T // 20 // 128 * 128)},dense_layers=0",
+    "hip, coarse": lambda T: (
+        f"hip:budget={max(512, T // 20 // 128 * 128)},rows=64,block=4,dense_layers=0"
+    ),
 }
 DECODE = {
     "quest": lambda T: "quest:budget=1024",

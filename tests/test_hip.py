@@ -1,11 +1,17 @@
 """Facts of HiP's search, and the authors' vectors."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from policy_kit import close
 from subquad.caches.kv import KVLayer
+from subquad.ops.backend import interpreted
+from subquad.ops.select import peaks, score
 from subquad.policies.base import Call, Site
 from subquad.policies.hip import HiP
 
@@ -81,7 +87,7 @@ def test_found_keys_rise_and_lie_before_the_window():
 
 
 def test_products_are_few(monkeypatch):
-    """At most 2 n log2(B / n) blocks are scored for a row."""
+    """At most 2 n log2(B / n) blocks are scored for a row; fewer where a half is known already."""
     scored = []
     honest = HiP._score
     monkeypatch.setattr(
@@ -89,8 +95,11 @@ def test_products_are_few(monkeypatch):
         "_score",
         lambda self, q, k, blocks: scored.append(blocks) or honest(self, q, k, blocks),
     )
-    HiP(budget=32, **PLAIN).select(_correlated(1)[:, :1], _correlated(4097))
-    assert sum(blocks.numel() for blocks in scored) == 2 * 32 * 7
+    for representative, most in (("center", 2 * 7), ("first", 1 + 7)):
+        policy = HiP(budget=32, representative=representative, **PLAIN)
+        policy.select(_correlated(1)[:, :1], _correlated(4097))
+        assert sum(blocks.numel() for blocks in scored) == 32 * most
+        scored.clear()
 
 
 def test_the_future_does_not_matter():
@@ -118,3 +127,64 @@ def test_first_layers_are_dense():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         HiP(**options)
+
+
+def test_kernels_in_the_interpreter():
+    """Triton reads the variable when it is imported, so this runs in a process of its own."""
+    if interpreted():
+        pytest.skip("these are the tests")
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "by_kernel",
+            __file__,
+        ],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+inside = pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPRET=1")
+
+
+@inside
+@pytest.mark.parametrize(
+    ("T", "S", "policy"),
+    [
+        (70, 70, HiP(budget=16, rows=8, block=2, window=9, sinks=3)),
+        (33, 90, HiP(budget=12, rows=8, block=2, window=10, sinks=4)),
+        (50, 50, HiP(budget=8, rows=16, block=1, window=7, sinks=0)),
+    ],
+)
+def test_attention_by_kernels(T, S, policy):
+    """Far blocks, windows and what lies between, merged = the same keys copied."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, S, n, 16) for n in (4, 2, 2))
+    site = Site(5, 8, 4, 2, 16, None)
+    layer = policy.layer(site)
+    layer.update(k.transpose(1, 2), v.transpose(1, 2))
+    places, new = torch.arange(S - T, S)[None], (x[:, -T:] for x in (q, k, v))
+    call = Call(site, *new, layer, 0.25, None, places, lambda x, p: x)
+    found = policy.select(call.q, k)
+    want = policy._gathered(call, found, policy.rows, policy.window)[0]
+    torch.testing.assert_close(policy._kernels(call, found, policy.window), want)
+
+
+@inside
+@pytest.mark.parametrize(("size", "m"), [(2, 16), (1, 4), (4, 20)])
+def test_peaks_by_kernel(size, m, monkeypatch):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 4, 3, m, 24), torch.randn(2, 50, 2, 24)
+    blocks = torch.randint(0, -(-50 // size), (2, 4, 3, 37))
+    found = peaks(q, k, blocks, size)
+    monkeypatch.setattr(score, "_kernels", lambda q: False)
+    torch.testing.assert_close(found, peaks(q, k, blocks, size), atol=1e-4, rtol=1e-4)

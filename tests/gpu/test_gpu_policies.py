@@ -49,3 +49,40 @@ def test_kernels_are_the_choice(name, options, T, dtype, monkeypatch):
     monkeypatch.setattr(chosen, "_kernels", lambda *a: chosen._gathered(*a))
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
     torch.testing.assert_close(by_kernels, run(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("T", "S"), [(1000, 1000), (300, 1111)])
+@pytest.mark.parametrize("shape", [(32, 2, 100, 16), (64, 4, 128, 16), (16, 1, 7, 0)], ids=str)
+def test_hip_by_kernels_is_the_choice(shape, T, S, dtype):
+    """Far blocks, windows and what lies between, merged = the same keys copied."""
+    rows, block, window, sinks = shape
+    options = {"rows": rows, "block": block, "window": window, "sinks": sinks}
+    policy = create_policy("hip", budget=128, dense_layers=0, **options)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, S, n, 64, device="cuda").to(dtype) for n in (4, 2, 2))
+    site = Site(5, 8, heads=4, kv_heads=2, head_dim=64, window=None)
+    layer = policy.layer(site)
+    layer.update(k.transpose(1, 2), v.transpose(1, 2))
+    places = torch.arange(S - T, S, device="cuda")[None]
+    q = q[:, -T:]
+    call = Call(site, q, k[:, -T:], v[:, -T:], layer, 0.125, None, places, lambda x, p: x)
+    found = policy.select(q, k)
+    want = policy._gathered(call, found, rows, window)[0]
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
+    close = {"atol": tolerance, "rtol": tolerance}
+    torch.testing.assert_close(policy._kernels(call, found, window), want, **close)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_peaks_by_the_kernel(size, monkeypatch):
+    from subquad.ops.select import peaks, score
+
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 3, 16, 128, device="cuda")
+    k = torch.randn(2, 500, 2, 128, device="cuda")
+    blocks = torch.randint(0, -(-500 // size), (2, 4, 3, 300), device="cuda")
+    found = peaks(q, k, blocks, size)
+    monkeypatch.setattr(score, "_kernels", lambda q: False)
+    want = peaks(q.double(), k.double(), blocks, size).float()
+    torch.testing.assert_close(found, want, atol=2e-4, rtol=2e-4)

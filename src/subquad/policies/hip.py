@@ -17,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad import mask
 from subquad.caches.kv import KVLayer
-from subquad.ops import checks
+from subquad.ops import checks, select
+from subquad.ops.attention import attention, merge
+from subquad.ops.backend import interpreted
 from subquad.policies.base import Call, Policy, Site
-from subquad.policies.parts import chosen
+from subquad.policies.parts import chosen, lines
 
 
 class HiPLayer(KVLayer):
@@ -121,7 +124,8 @@ class HiP(Policy):
         # Short rows have no more keys than the budget; for them there is nothing to search.
         short = int((end <= self.budget).sum())
         found = torch.where(slot < blocks[:short, None], slot, S).expand(B, N, -1, -1)
-        parts, step = [found], max(1, chosen.COPIED // (B * N * n * c * q.shape[3]))
+        held = n if q.is_cuda else n * c * q.shape[3]  # kernels copy no keys
+        parts, step = [found], max(1, chosen.COPIED * (1 + 15 * q.is_cuda) // (B * N * held))
         for r in range(short, R, step):
             here = slice(r, min(r + step, R))
             sample = self._sample(q, here, N)
@@ -150,48 +154,89 @@ class HiP(Policy):
         """
         (B, N, r), n = q.shape[:3], a.shape[1]
         a, g = (x.expand(B, N, r, n).clone() for x in (a, g))
-        span = span.clone()
+        span, first = span.clone(), self.representative == "first"
+        # A left half known by its first block has the score of the whole.
+        known = self._score(q, k, a) if first else None
         while (live := int((span > 1).sum())) > 0:
             # Spans never fall from row to row, so those still at work are the last.
             own = (slice(None), slice(None), slice(r - live, None))
             half = g[own] // 2
             starts = torch.cat([a[own], a[own] + half], -1)
             sizes = torch.cat([half, g[own] - half], -1)
-            by = starts if self.representative == "first" else starts + sizes // 2
-            score = self._score(q[own], k, by).masked_fill(sizes < 1, -torch.inf)
-            best = score.topk(n, -1).indices
-            a[own], g[own] = starts.gather(-1, best), sizes.gather(-1, best)
+            if known is None:
+                score = self._score(q[own], k, starts + sizes // 2)
+            else:
+                score = torch.cat([known[own], self._score(q[own], k, starts[..., n:])], -1)
+            found = score.masked_fill(sizes < 1, -torch.inf).topk(n, -1, sorted=False)
+            a[own], g[own] = (x.gather(-1, found.indices) for x in (starts, sizes))
+            if known is not None:
+                known[own] = found.values
             span /= 2
         return a
 
     def _score(self, q: Tensor, k: Tensor, blocks: Tensor) -> Tensor:
         """The largest product of the queries ``[B,N,r,m,K]`` with a key of each block
         ``[B,N,r,l]``."""
-        (B, S, G, _), N, c = k.shape, q.shape[1], self.block
-        tokens = (blocks[..., None] * c + torch.arange(c, device=k.device)).clamp_max(S - 1)
-        row = torch.arange(B, device=k.device)[:, None, None, None, None]
-        head = (torch.arange(N, device=k.device) * G // N)[:, None, None, None]
-        keys = k[row, tokens, head].flatten(3, 4)  # [B,N,r,l*c,K]
-        products = torch.einsum("bnrmk,bnrlk->bnrml", q, keys)
-        return products.amax(3).unflatten(-1, (-1, c)).amax(-1)
+        return select.peaks(q, k, blocks, self.block)
 
     def _attend(self, call: Call, found: Tensor, rows: int, window: int) -> Tensor:
         """Each query over the keys found for its row, its window and the sinks, each key once."""
+        kernels = (call.q.is_cuda or interpreted()) and call.q.dtype != torch.float64
+        if kernels and call.q.shape[1] > 1 and call.site.window is None and call.tally is None:
+            return self._kernels(call, found, window)
+        return self._gathered(call, found, rows, window)[0]
+
+    def _kernels(self, call: Call, found: Tensor, window: int) -> Tensor:
+        """Three parts, merged: blocks that all queries of a row see beyond their windows, by the
+        block-sparse kernels; windows and sinks; and the few blocks that some queries have in their
+        windows and others beyond."""
+        (q, k, v), b, c = (call.q, call.layer.keys, call.layer.values), self.rows, self.block
+        T, S = q.shape[1], k.shape[1]
+        # Where the window of a row's first query begins.
+        near = S - T + 1 - window + b * torch.arange(found.shape[2], device=q.device)[:, None]
+        sink, inside = self.sinks, (found >= 0) & (found + c > self.sinks)
+        far = inside & (found >= sink) & (found + c <= near)
+        # Rows of queries are counted from the first of them here, hence the offset.
+        rest = inside & ~far
+        parts = [
+            attention(
+                q, k, v, mask.blocks(lines.listed(far, found) // c, c, b),
+                scale=call.scale, offset=0, return_lse=True,
+            ),
+            attention(
+                q, k, v, mask.causal() & (mask.window(window - 1) | mask.sinks(sink)),
+                scale=call.scale, return_lse=True,
+            ),
+            self._gathered(call, lines.trimmed(lines.listed(rest, found)), b, window, alone=True),
+        ]  # fmt: skip
+        return merge(parts)[0]
+
+    def _gathered(
+        self, call: Call, found: Tensor, rows: int, window: int, alone: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """By copies of the keys, some rows at a time; ``alone``, without windows and sinks."""
         (B, T, _, K), S = call.q.shape, call.layer.keys.shape[1]
         (N, R, n), c = found.shape[1:], self.block
         q = F.pad(call.q, (0, 0, 0, 0, 0, R * rows - T)).unflatten(1, (R, rows))
         q = q.unflatten(3, (N, -1)).permute(0, 3, 1, 4, 2, 5)  # [B,N,R,f,rows,K]
         o = q.new_zeros(*q.shape[:-1], call.v.shape[3])
+        lse = o.new_empty(o.shape[:-1], dtype=torch.float32)
         place = (S - T + torch.arange(R * rows, device=q.device)).view(R, rows)
         step = max(1, chosen.COPIED // (N * (n * c + window + rows + self.sinks) * K))
         for b in range(B):
             for r in range(0, R, step):
                 here = (b, slice(None), slice(r, r + step))
                 tokens, keep = self._visible(call, found[here], place[r : r + step], window)
+                if alone:
+                    tokens, keep = tokens[..., : n * c], keep[..., : n * c]
                 call.count((keep & (place[r : r + step] < S)[..., None]).sum() * q.shape[3])
                 k, v = (chosen._pick(x[b], tokens) for x in (call.layer.keys, call.layer.values))
-                o[here] = chosen._softmax(q[here], k, v, keep, call.scale)
-        return o.permute(0, 2, 4, 1, 3, 5).flatten(1, 2).flatten(2, 3)[:, :T]
+                o[here], lse[here] = chosen._softmax(q[here], k, v, keep, call.scale)
+        o, lse = (
+            x.permute(0, 2, 4, 1, 3, *range(5, x.dim())).flatten(1, 2).flatten(2, 3)[:, :T]
+            for x in (o, lse)
+        )
+        return o, lse
 
     def _visible(
         self, call: Call, found: Tensor, place: Tensor, window: int

@@ -53,6 +53,33 @@ def block_mass(
         return run(q, k, size, rows, reduce, causal, scale, offset)
 
 
+def peaks(q: Tensor, k: Tensor, blocks: Tensor, size: int) -> Tensor:
+    """How well listed blocks of keys fit some queries: the largest product of any of these with any
+    key of the block.
+
+    Args:
+        q: ``[B,N,R,m,K]``, the queries of R rows and N heads; k: ``[B,S,G,K]``, G divides N.
+        blocks: int ``[B,N,R,n]``, of ``size`` keys each (a last one cut short repeats its end).
+
+    Returns:
+        ``[B,N,R,n]``. Not differentiable.
+    """
+    (B, S, G, _), N = k.shape, q.shape[1]
+    checks.positive("size", size)
+    checks.divides("heads of k", G, "heads of q", N)
+    with torch.no_grad():
+        if _kernels(q) and q.shape[3] <= 64 and blocks.numel() > 0:
+            from subquad.ops.select import triton
+
+            return triton.peaks(q, k, blocks, size)
+        tokens = (blocks[..., None] * size + torch.arange(size, device=k.device)).clamp_max(S - 1)
+        row = torch.arange(B, device=k.device)[:, None, None, None, None]
+        head = (torch.arange(N, device=k.device) * G // N)[:, None, None, None]
+        keys = k[row, tokens, head].flatten(3, 4)  # [B,N,R,n*size,K]
+        products = torch.einsum("bnrmk,bnrlk->bnrml", q, keys)
+        return products.amax(3).unflatten(-1, (-1, size)).amax(-1)
+
+
 def _kernels(q: Tensor) -> bool:
     fits = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= 256
     return fits and q.numel() > 0 and (q.device.type == "cuda" or interpreted())

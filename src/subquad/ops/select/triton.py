@@ -128,6 +128,46 @@ def window_kernel(
         tl.store(at, mass, mask=(m < T)[:, None] & (j < n))
 
 
+@triton.jit
+def peak_kernel(
+    Q, KEYS, BLOCKS, OUT, S, N, G, R, n, sqb, sqn, sqr, sqm, skb, skt, skh,
+    m: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SIZE: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The largest product of a row's m queries with a key of each of BN listed blocks."""
+    r = tl.program_id(0)
+    b, h = tl.program_id(1) // N, tl.program_id(1) % N
+    i, d = tl.arange(0, BM), tl.arange(0, BK)
+    at = Q + b.to(tl.int64) * sqb + h.to(tl.int64) * sqn + r.to(tl.int64) * sqr
+    q = tl.load(
+        at + i[None, :] * sqm + d[:, None], mask=(i < m)[None, :] & (d < K)[:, None], other=0.0
+    )
+    j = tl.program_id(2) * BN + tl.arange(0, BN)
+    row = (tl.program_id(1).to(tl.int64) * R + r) * n
+    block = tl.load(BLOCKS + row + j, mask=j < n, other=0)
+    KEYS += b.to(tl.int64) * skb + h * G // N * skh
+    best = tl.full([BN], float("-inf"), tl.float32)
+    for c in range(SIZE):
+        key = tl.minimum(block * SIZE + c, S - 1).to(tl.int64)
+        k = tl.load(KEYS + key[:, None] * skt + d[None, :], mask=(d < K)[None, :], other=0.0)
+        s = tl.where((i < m)[None, :], tl.dot(k, q, input_precision=PRECISION), float("-inf"))
+        best = tl.maximum(best, tl.max(s, 1))
+    tl.store(OUT + row + j, best, mask=j < n)
+
+
+def peaks(q, k, blocks, size):
+    (B, N, R, m, K), (S, G), n = q.shape, k.shape[1:3], blocks.shape[3]
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    blocks = blocks.to(torch.int32).contiguous()
+    out = torch.empty(blocks.shape, dtype=torch.float32, device=q.device)
+    peak_kernel[(R, B * N, triton.cdiv(n, 128))](
+        q, k, blocks, out, S, N, G, R, n, *q.stride()[:4], *k.stride()[:3],
+        m=m, BM=max(16, triton.next_power_of_2(m)), K=K, BK=max(16, triton.next_power_of_2(K)),
+        SIZE=size, BN=128, PRECISION=_precision(q), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out
+
+
 def block_mass(q, k, size, rows, reduce, causal, scale, offset):
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))

@@ -106,7 +106,7 @@ def _gathered(call: Call, starts: Tensor, size: int, rows: int, columns: Tensor 
     o = q.new_zeros(*q.shape[:-1], call.v.shape[3])
     for b, here, tokens, keep in _pieces(call, starts, size, rows, columns):
         k, v = (_pick(x[b], tokens) for x in (call.layer.keys, call.layer.values))
-        o[b, :, here] = _softmax(q[b, :, here], k, v, keep, call.scale)
+        o[b, :, here] = _softmax(q[b, :, here], k, v, keep, call.scale)[0]
     o = o.permute(0, 2, 4, 1, 3, 5).reshape(B, R * rows, H, -1)
     return o[:, lead : lead + T]
 
@@ -128,10 +128,12 @@ def _pick(x: Tensor, tokens: Tensor) -> Tensor:
     return x[tokens.clamp(0, S - 1), head]
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> Tensor:
-    """q ``[N,r,f,rows,K]``, k ``[N,r,L,K]``, keep ``[N,r,rows,L]``: ``[N,r,f,rows,V]``."""
+def _softmax(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """q ``[N,r,f,rows,K]``, k ``[N,r,L,K]``, keep ``[N,r,rows,L]``: o ``[N,r,f,rows,V]`` and lse
+    ``[N,r,f,rows]``."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     scores = scale * torch.einsum("nrfmk,nrlk->nrfml", q.to(wide), k.to(wide))
     scores = scores.masked_fill(~keep[:, :, None], -torch.inf)
     weights = scores.softmax(-1).nan_to_num(0.0)  # rows that only fill up the block see nothing
-    return torch.einsum("nrfml,nrlv->nrfmv", weights, v.to(wide)).to(v.dtype)
+    o = torch.einsum("nrfml,nrlv->nrfmv", weights, v.to(wide)).to(v.dtype)
+    return o, scores.logsumexp(-1)
