@@ -251,6 +251,89 @@ def changing(steps: int = STEPS) -> Cells:
         yield name, partial(regressed, data, options, True, steps)
 
 
+# One layer over a prompt: heads of softmax, and what the probe saves.
+
+
+class Prompt(nn.Module):
+    """One layer: (x_q, 0) reads the tokens (x_l, y_l), all heads as wide as a token; no bias,
+    positions or residual (He et al., arXiv 2503.12734)."""
+
+    def __init__(self, method: str, d: int, heads: int) -> None:
+        super().__init__()
+        E, self.heads, self.method = d + 1, heads, method
+        names = ("q_proj", "k_proj", "v_proj", *["r_proj"] * (method == "parallax"))
+        for name in names:
+            setattr(self, name, nn.Linear(E, E * heads, bias=False))
+        self.o_proj = nn.Linear(E * heads, 1, bias=False)
+        self.ridge = nn.Parameter(torch.zeros(heads)) if method == "lla" else None
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x ``[n,L+1,d]``, y ``[n,L+1,1]``; the last y is predicted ``[n]``, not seen."""
+        z = torch.cat([x[:, :-1], y[:, :-1]], -1)
+        asked = torch.cat([x[:, -1:], torch.zeros_like(y[:, -1:])], -1)
+        k, v = (m(z).unflatten(-1, (self.heads, -1)) for m in (self.k_proj, self.v_proj))
+        q = self.q_proj(asked).unflatten(-1, (self.heads, -1))
+        if self.ridge is not None:
+            o = local_linear(q, k, v, ridge=F.softplus(self.ridge) + 1e-4, causal=False)
+        else:
+            r = torch.zeros_like(q)
+            if self.method == "parallax":
+                r = self.r_proj(asked).unflatten(-1, (self.heads, -1))
+            o = probe(q, k, v, r, causal=False)
+        return self.o_proj(o.flatten(-2))[:, 0, 0]
+
+
+def prompted(method: str, heads: int, steps: int) -> Row:
+    """Trained on prompts of 40 pairs; errors there and on 100."""
+    torch.manual_seed(0)
+    data, model = Regression(pairs=41), Prompt(method, 5, heads).to(DEVICE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    for _ in range(steps):
+        x, y = data.draw(256, generator)
+        loss = (model(x, y) - y[:, -1, 0]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return asked_last(model)
+
+
+@torch.no_grad()
+def asked_last(model: Callable[[Tensor, Tensor], Tensor]) -> Row:
+    row = {}
+    for length in (40, 100):
+        x, y = Regression(pairs=length + 1).draw(20_000, torch.Generator(DEVICE).manual_seed(2))
+        row[f"error, {length} pairs"] = (model(x, y) - y[:, -1, 0]).square().mean().item()
+    return row
+
+
+def ridge_prompt() -> Row:
+    def predict(x: Tensor, y: Tensor) -> Tensor:
+        past, seen = x[:, :-1].double(), y[:, :-1].double()
+        eye = 0.5 * torch.eye(5, dtype=past.dtype, device=past.device)
+        W = torch.linalg.solve(past.mT @ past + eye, past.mT @ seen)
+        return (x[:, -1:].double() @ W)[:, 0, 0].float()
+
+    return asked_last(predict)
+
+
+def heads(steps: int = STEPS) -> Cells:
+    """One layer over a prompt of 40 pairs (5 features, noise 0.1), 6,000 steps of Adam. One head of
+    softmax is biased; two of them with opposite signs are debiased gradient descent, which one
+    head with a probe can be alone."""
+    yield "ridge regression (optimal)", ridge_prompt
+    for method, count in (
+        ("softmax", 1), ("softmax", 2), ("softmax", 4), ("parallax", 1), ("parallax", 2),
+        ("lla", 1), ("lla", 2),
+    ):  # fmt: skip
+        yield (
+            f"{method}, {count} head{'s' * (count > 1)}",
+            partial(prompted, method, count, 4 * steps),
+        )
+
+
 # Associative recall.
 
 RECALL: dict[str, dict[str, Any]] = {
@@ -291,6 +374,7 @@ CLAIMS: dict[str, Callable[..., Cells]] = {
     "piecewise": piecewise,
     "in_context": in_context,
     "changing": changing,
+    "heads": heads,
     "recall": recall,
 }
 
