@@ -3,8 +3,9 @@
     python benchmarks/recurrence.py --out benchmarks/results/recurrence.json --limit 600
 
 Each row is first checked against float64; a row that is not right stops the run before anything
-is printed. ``--limit`` bounds the whole run in seconds: rows go by importance, the file is written
-after each. The peer tunes itself for minutes, so each of its rows is a process with a limit.
+is printed. Rows go by importance, all sides of a row one after the other, and the file is written
+after each. No row begins that ``--limit`` (seconds of the run) may cut off; ``--resume`` keeps the
+rows of an earlier file. The peer tunes itself for minutes, so it runs in a process with a limit.
 """
 
 from __future__ import annotations
@@ -215,11 +216,29 @@ def write(path: Path, data: Any) -> None:
     os.replace(aside, path)
 
 
+def measure(name: str, case: Case, ceilings: dict[str, float], limit: float) -> dict[str, Any]:
+    """One row: all sides, one after the other."""
+    end = time.monotonic() + limit
+    try:
+        error = gate(case, "cuda")
+    except ValueError as wrong:
+        raise SystemExit(f"not printed: {wrong}") from None
+    row = {
+        "case": case.name, "error": error, "gpu": torch.cuda.get_device_name(), "ours": ours(case),
+        "floor_ms": 1e3 * case.floor(**ceilings), "dense": dense(case), "first": cold(name),
+    }  # fmt: skip
+    torch.cuda.empty_cache()
+    row["peer"] = apart(name, max(5.0, end - time.monotonic()))
+    row["ours again"] = ours(case)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recurrence.json"))
     parser.add_argument("--limit", type=float, default=3600.0, help="seconds of the whole run")
-    parser.add_argument("--peer-limit", type=float, default=300.0, help="seconds of a peer's row")
+    parser.add_argument("--row-limit", type=float, default=300.0, help="seconds of a row")
+    parser.add_argument("--resume", type=Path, help="an earlier file, whose rows are kept")
     parser.add_argument("--peer-row", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--first-row", choices=ROWS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -232,22 +251,13 @@ def main() -> None:
     end = time.monotonic() + arguments.limit
     measured = ceilings()
     data: dict[str, Any] = {"made": versions(), "ceilings": measured, "rows": {}}
+    if arguments.resume and arguments.resume.is_file():
+        data["rows"] = json.loads(arguments.resume.read_text())["rows"]
     for name, case in ROWS.items():
-        try:
-            error = gate(case, "cuda")
-        except ValueError as wrong:
-            raise SystemExit(f"not printed: {wrong}") from None
-        data["rows"][name] = {
-            "case": case.name, "error": error, "ours": ours(case),
-            "floor_ms": 1e3 * case.floor(**measured), "dense": dense(case), "peer": {},
-            "first": cold(name),
-        }  # fmt: skip
-        torch.cuda.empty_cache()
-        write(arguments.out, data)
-    for name, row in data["rows"].items():
-        left = min(arguments.peer_limit, end - time.monotonic())
-        row["peer"] = apart(name, left) if left > 5 else {"skipped": "the run's limit"}
-        write(arguments.out, data)
+        done = name in data["rows"]
+        if not done and end - time.monotonic() > arguments.row_limit:
+            data["rows"][name] = measure(name, case, measured, arguments.row_limit)
+            write(arguments.out, data)
     print(data["made"], {k: f"{v:.3g}" for k, v in measured.items()})
     print(
         f"{'ms':34}|     ours fwd+bwd |     peer fwd+bwd |    dense fwd+bwd | floor/fwd GiB first s"
