@@ -30,6 +30,7 @@ _HOMES = {
     "create_mixer": "subquad.mixers.base",
     "create_task": "subquad.tasks",
     "create_policy": "subquad.policies.base",
+    "create_vision_model": "subquad.models.vision.presets",
     "explain": "subquad.ops.backend",
     "systems": "subquad.catalogue",
 }
