@@ -31,6 +31,8 @@ ROWS = {
     "grouped": Case(B=4, T=4096, H=16, G=4, K=128, V=128),
     "narrow": Case(B=8, T=2048, H=16, G=16, K=64, V=64),
     "window of 1024": Case(B=1, T=16384, H=16, G=16, K=128, V=128, window=1024),
+    "decode, 1 text": Case(B=1, T=1, S=16384, H=8, G=8, K=128, V=128),
+    "decode, 32 texts": Case(B=32, T=1, S=16384, H=8, G=8, K=128, V=128),
     "local linear": Case(B=4, T=2048, H=8, G=8, K=64, V=64, local=True),
 }
 CANDIDATES = {
@@ -58,6 +60,8 @@ def times(run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> dict[str, fl
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(run(**leaves), list(leaves.values()), do)
 
+    if do.shape[1] == 1:
+        return {"forward_ms": median(forward)}
     both()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -77,7 +81,7 @@ def dense(case: Case) -> dict[str, float]:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         grouped = case.H != case.G
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=case.T > 1, enable_gqa=grouped)
 
     inputs = {n: t for n, t in case.draw("cuda").items() if n != "r"}
     return times(run, inputs)
@@ -86,7 +90,7 @@ def dense(case: Case) -> dict[str, float]:
 def small(case: Case) -> Case:
     """The same with few rows and heads: float64 takes long."""
     H = case.H // case.G * min(case.G, 2)
-    return replace(case, B=1, T=min(case.T, 4096), H=H, G=min(case.G, 2))
+    return replace(case, B=1, T=min(case.T, 4096), S=min(case.S, 4096), H=H, G=min(case.G, 2))
 
 
 def measure(out: Path) -> None:
@@ -98,7 +102,7 @@ def measure(out: Path) -> None:
             raise SystemExit(f"not printed: {wrong}") from None
         row: dict[str, Any] = {"case": case.name, "error": error, "checked": small(case).name}
         row |= {"ours": ours(case), "sdpa": dense(case)}
-        if not case.local and case.window is None:
+        if not case.local and case.window is None and case.T > 1:
             area = case.B * case.H * case.T * (case.T + 1) // 2
             done = cost.flops(area=area, K=case.K, V=case.V)
             row["tflops"] = done / row["ours"]["forward_ms"] / 1e9
@@ -106,13 +110,13 @@ def measure(out: Path) -> None:
         write_json(out, data)
         torch.cuda.empty_cache()
     print(data["made"])
-    print(f"{'':16}| forward     both  GiB | sdpa fwd     both  GiB | TFLOP/s | error")
+    print(f"{'':16}|  forward     both  GiB | sdpa fwd     both  GiB | TFLOP/s | error")
     for name, row in data["rows"].items():
-        sides = (
-            f"{row[s]['forward_ms']:8.3f} {row[s]['both_ms']:8.3f} "
-            f"{row[s]['peak_bytes'] / 2**30:5.2f}"
+        sides = [
+            "".join(f"{row[s].get(n, float('nan')):9.3f}" for n in ("forward_ms", "both_ms"))
+            + f"{row[s].get('peak_bytes', 0) / 2**30:5.2f}"
             for s in ("ours", "sdpa")
-        )
+        ]
         rate = f"{row['tflops']:7.0f}" if "tflops" in row else "      -"
         print(f"{name:16}|{' |'.join(sides)} | {rate} | {row['error']:.2g}")
 

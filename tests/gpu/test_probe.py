@@ -61,6 +61,19 @@ def test_zero_probe_is_the_mean_to_the_bit():
     assert torch.equal(o, mean)
 
 
+@pytest.mark.parametrize("window", [None, 300])
+def test_few_queries_share_the_keys_out(window):
+    """Decoding: parts of the keys joined, also parts of which a query sees nothing."""
+    case = Case(B=2, T=3, S=1100, H=2, G=1, K=16, V=24, dtype=F32, window=window, starts=(0, 1098))
+    inputs, options = case.draw(DEVICE), case.options(DEVICE)
+    with torch.no_grad():
+        got = probe(**inputs, **options, backend="triton")
+        wide = {n: t.double() for n, t in inputs.items()}
+        want = probe(**wide, **options, backend="reference")
+    torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=2e-5)
+    assert got.isfinite().all()
+
+
 def test_operator_contract():
     from subquad.ops.probe import node
 

@@ -114,7 +114,7 @@ def _page(key: str) -> Path | None:
 
 @app.command()
 def explain(
-    op: Annotated[str, typer.Argument(help="attention, recurrence or neighborhood.")],
+    op: Annotated[str, typer.Argument(help="attention, recurrence, probe, ... or neighborhood.")],
     shape: Annotated[
         str, typer.Option(help="Sizes and switches, e.g. T=4096,H=8,K=64,decay=head,delta=true.")
     ],

@@ -26,7 +26,6 @@ from subquad.ops.probe.spans import spans
 
 __all__ = ["BACKENDS", "local_linear", "probe", "request"]
 
-FEW = 8  # up to this many queries (decode) are a plain product with the keys they see
 WIDEST = 128
 STEPS = 16
 
@@ -41,8 +40,6 @@ def _triton(request: Request) -> tuple[bool, str]:
         return False, f"head dims up to {WIDEST}, not K={sizes['K']}, V={sizes['V']}"
     if 0 in sizes.values():
         return False, "nothing to compute"
-    if sizes["T"] <= FEW:
-        return False, "a few queries are one product with the keys"
     return True, "fused kernels"
 
 

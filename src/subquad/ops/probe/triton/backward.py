@@ -8,9 +8,10 @@ With ``u = t - mean t`` and ``g = do . mean - e`` (see :mod:`subquad.ops.probe.c
 import triton
 import triton.language as tl
 
-from subquad.ops.probe.triton.forward import SIZES, rows_at, span_of
+from subquad.ops.probe.triton.forward import rows_at, span_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SIZES = ["T", "S", "H", "G", "plane"]
 
 
 @triton.jit(do_not_specialize=["rows", "T", "H"])

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 # Compiled once for all of their values.
-SIZES = ["T", "S", "H", "G", "plane"]
+SIZES = ["T", "S", "H", "G", "plane", "parts"]
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -33,14 +33,15 @@ def span_of(LO, HI, at, there, S):
 @triton.jit(do_not_specialize=SIZES)
 def probe_forward(
     Q, K_, V_, R, LO, HI, O, MEAN, LSE, DRIFT, TOP,
-    scale, T, S, H, G, plane,
+    scale, T, S, H, G, plane, parts,
     sqb, sqt, sqh, skb, sks, skh, svb, svs, svh, srb, srt, srh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SAVES: tl.constexpr, PEAK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BM queries of one head. ``scale`` is in base 2; LO and HI step by ``plane`` from
-    row to row; O, MEAN, LSE, DRIFT and TOP are contiguous."""
+    row to row; O, MEAN, LSE, DRIFT and TOP are contiguous. These and the planes have ``parts`` rows
+    for each row of the tensors read, a part of its keys each."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest spans first
     b = (tl.program_id(1) // H).to(tl.int64)
     h = tl.program_id(1) % H
@@ -48,10 +49,11 @@ def probe_forward(
     m = block * BM + tl.arange(0, BM)
     exists = m < T
     lo, hi, first, last = span_of(LO, HI, b * plane + m, exists, S)
-    q = rows_at(Q + b * sqb + h * sqh, m.to(tl.int64) * sqt, exists, K, BK)
-    r = rows_at(R + b * srb + h * srh, m.to(tl.int64) * srt, exists, K, BK)
-    K_ += b * skb + g * skh
-    V_ += b * svb + g * svh
+    own = b // parts
+    q = rows_at(Q + own * sqb + h * sqh, m.to(tl.int64) * sqt, exists, K, BK)
+    r = rows_at(R + own * srb + h * srh, m.to(tl.int64) * srt, exists, K, BK)
+    K_ += own * skb + g * skh
+    V_ += own * svb + g * svh
 
     plain = tl.zeros([BM, BV], tl.float32)
     tilted = tl.zeros([BM, BV], tl.float32)
@@ -79,8 +81,8 @@ def probe_forward(
         w = tl.exp2(s - safe[:, None])
         shrink = tl.exp2(top - safe)
         fresh = tl.sum(w, 1)
-        own = tl.sum(w * t, 1) / tl.where(fresh > 0, fresh, 1.0)
-        centre = tl.where(total > 0, centre, own)
+        mid = tl.sum(w * t, 1) / tl.where(fresh > 0, fresh, 1.0)
+        centre = tl.where(total > 0, centre, mid)
         wu = w * (t - centre[:, None])
         total = total * shrink + fresh
         tilt = tilt * shrink + tl.sum(wu, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,8 +16,15 @@ from subquad.ops.probe.triton.forward import probe_forward
 
 LOG2E = 1.4426950408889634
 
+FEW = 8  # queries, whose keys are shared out among programs
+PART = 256  # keys of a part at least
+
 # (BM, BN, warps, stages) by kernel, bytes of an element and head dim up to; see docs/log.md.
 CONFIGS = {
+    ("few", 2, 64): (16, 64, 4, 2),
+    ("few", 2, 128): (16, 64, 4, 2),
+    ("few", 4, 64): (16, 32, 4, 2),
+    ("few", 4, 128): (16, 32, 4, 2),
     ("forward", 2, 64): (64, 64, 4, 3),
     ("forward", 2, 128): (128, 64, 8, 2),
     ("forward", 4, 64): (64, 32, 4, 2),
@@ -67,16 +75,57 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As :func:`subquad.ops.probe.chunk.forward`."""
     q, k, v, r = (_dense_last(x) for x in (q, k, v, r))
+    (B, T, H, _), S = q.shape, k.shape[1]
+    if T > FEW or saves or peak:
+        kernel = "forward" if T > FEW else "few"
+        return _forward(kernel, q, k, v, r, lo, hi, scale, saves, peak, 1)
+    # Few queries alone would leave the GPU idle: each part of the keys has a program.
+    wanted = triton.cdiv(2 * _processors(q.device.index), B * H)
+    parts = max(1, min(triton.next_power_of_2(wanted), triton.cdiv(S, PART), 64))
+    edges = torch.arange(parts + 1, device=lo.device, dtype=lo.dtype) * triton.cdiv(S, parts)
+    first, last = edges[:-1, None], edges[1:, None]
+    lo, hi = (x.expand(B, -1)[:, None].clamp(first, last).flatten(0, 1) for x in (lo, hi))
+    found = _forward("few", q, k, v, r, lo, hi, scale, True, False, parts)
+    o, lse, drift = _joined(*(x.unflatten(0, (B, parts)) for x in found[:4]))
+    return o.to(v.dtype), found[1].new_empty(0), lse, drift, found[4]
+
+
+def _joined(o: Tensor, mean: Tensor, lse: Tensor, drift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts of the keys ``[B,parts,...]`` as one: with shares a of the softmax's mass,
+    ``o = sum_p a_p (o_p + (drift - drift_p) mean_p)``, ``drift = sum_p a_p drift_p``."""
+    whole = lse.logsumexp(1)
+    share = (lse - whole.masked_fill(whole == -torch.inf, 0)[:, None]).exp()
+    joined = (share * drift).sum(1)
+    lean = share * (joined[:, None] - drift)
+    o = (share[..., None] * o.float() + lean[..., None] * mean.float()).sum(1)
+    return o, whole, joined
+
+
+@lru_cache(maxsize=8)
+def _processors(index: int | None) -> int:
+    """Multiprocessors of the GPU; 8 where the kernels are interpreted."""
+    if not torch.cuda.is_available():
+        return 8
+    return torch.cuda.get_device_properties(index or 0).multi_processor_count
+
+
+def _forward(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, r: Tensor, lo: Tensor, hi: Tensor, scale: float,
+    saves: bool, peak: bool, parts: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """One launch; with ``parts``, all results and the planes have as many rows for each of q's, the
+    o and mean of parts in float32."""
     (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
-    o = v.new_empty(B, T, H, v.shape[3])
-    mean = v.new_empty(o.shape if saves else 0)
-    lse, drift = (q.new_empty(B, T, H, dtype=torch.float32) for _ in "12")
-    top = lo.new_empty((B, T, H) if peak else 0)
-    tile, options = _config("forward", q, v)
+    rows = B * parts
+    o = v.new_empty(rows, T, H, v.shape[3], dtype=v.dtype if parts == 1 else torch.float32)
+    mean = torch.empty_like(o) if saves else v.new_empty(0)
+    lse, drift = (q.new_empty(rows, T, H, dtype=torch.float32) for _ in "12")
+    top = lo.new_empty((rows, T, H) if peak else 0)
+    tile, options = _config(kernel, q, v)
     with _on(q):
-        probe_forward[triton.cdiv(T, tile["BM"]), B * H](
+        probe_forward[triton.cdiv(T, tile["BM"]), rows * H](
             q, k, v, r, lo, hi, o, mean, lse, drift, top,
-            scale * LOG2E, T, S, H, G, _step(lo),
+            scale * LOG2E, T, S, H, G, _step(lo), parts,
             *[s for x in (q, k, v, r) for s in x.stride()[:3]],
             **_dims(q, v), **tile, SAVES=saves, PEAK=peak, **options,
         )  # fmt: skip
