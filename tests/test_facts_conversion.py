@@ -5,10 +5,15 @@ import torch
 
 import subquad
 from kit import close
+from subquad.mixers.lightning import slopes
+from subquad.mixers.parts.head_map import NormMap
+from subquad.mixers.parts.past import Span
+from subquad.mixers.sala import layer_importance, sparse_layers
 from subquad.mixers.softmax import Softmax
 from subquad.ops.kernel_attention import How, Near, mixed_attention
 from subquad.ops.kernel_attention.near import places
 from subquad.ops.kernel_attention.reference import mixed_weights
+from subquad.ops.kernel_attention.saliency import saliency
 
 NAMES = ("q", "k", "v", "phi_q", "phi_k")
 
@@ -377,3 +382,212 @@ class TestLawcat:
             got, _ = mixer.heads_out(x, context(mixer, x))
             errors[name] = float((got - want).square().mean())
         assert errors["identity"] < errors["random"]
+
+
+class TestStill:
+    def test_the_map_keeps_norms(self):
+        torch.manual_seed(0)
+        x = torch.randn(2, 5, 3, 8, dtype=torch.float64)
+        for features in (8, 12):
+            n = NormMap(3, 8, features).double().directed(x)
+            close(n.norm(dim=-1), x.norm(dim=-1))
+
+    @pytest.mark.parametrize(("chunk", "ratio"), [(4, 1.0), (20, 0.25)])
+    def test_all_salient_or_a_short_text_is_softmax(self, chunk, ratio):
+        teacher, student, x = twins("still", chunk=chunk, ratio=ratio, eps=0.0)
+        close(student(x)[0], teacher(x)[0])
+
+    def test_none_salient_is_lolcats_with_its_map(self):
+        _, student, x = twins("still", chunk=4, ratio=0.0, eps=0.0)
+        _, plain, _ = twins("lolcats", window=4)
+        student.g_proj.register_forward_hook(lambda *args: torch.full_like(args[-1], 1e4))
+        plain.feature_map_q, plain.feature_map_k = student.feature_map_q, student.feature_map_k
+        torch.nn.init.constant_(plain.window_factors, 1e4)
+        close(student(x)[0], plain(x)[0])
+
+    def test_only_salient_old_tokens_are_seen_beside_the_state(self):
+        """With the gate shut, S is not read: a value changed shows where its token is salient."""
+        _, student, x = twins("still", chunk=4, ratio=0.25)
+        student.g_proj.register_forward_hook(lambda *args: torch.full_like(args[-1], -1e4))
+        given = context(student, x)
+        q, k, v = student.qkv(x, given)
+        span = Span(given, {"k": k, "score": torch.zeros(2, 40, 4).double()})
+        chosen = student._choose(q, k, span, given).chosen
+        for j in range(8):
+            values = v.clone()
+            values[:, j] += 1.0
+            outs = []
+            for t in (v, values):
+                student.qkv = lambda *_, t=t: (q, k, t)
+                outs.append(student.heads_out(x, given)[0][:, -1])
+            assert torch.equal((outs[0] - outs[1]).abs().amax(-1) > 1e-12, chosen[:, j])
+
+    def test_scores(self):
+        q = torch.zeros(1, 12, 1, 4, dtype=torch.float64)
+        k = torch.zeros(1, 12, 1, 4, dtype=torch.float64)
+        q[0, 9, 0, 0] = k[0, 9, 0, 0] = 30.0
+        for kind in ("smooth", "paper"):
+            score = saliency(q, k, 5, scale=1.0, kind=kind)[0, :, 0]
+            assert score[0] == torch.inf
+            assert score[1:].argmax() == 8
+            uniform = score[4:9]
+            close(uniform, uniform[:1].expand(5))
+        a = torch.full((5,), 0.2, dtype=torch.float64) + 1e-8
+        b = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0]).double() + 1e-8
+        close(uniform[0], ((a - 1e-8) * (a / b).log()).sum())
+
+    def test_scores_read_the_last_tokens_only(self):
+        torch.manual_seed(0)
+        q, k = torch.randn(1, 23, 2, 4).double(), torch.randn(1, 23, 1, 4).double()
+        for kind in ("smooth", "paper", "authors_chunk"):
+            whole = saliency(q, k, 5, scale=0.5, kind=kind)
+            if kind != "authors_chunk":
+                part = saliency(q[:, -1:], k[:, -5:], 5, scale=0.5, kind=kind)
+                close(part[0, 0], whole[0, -1])
+            starts = torch.tensor([-5])
+            part = saliency(q[:, 16:], k[:, 5:], 5, scale=0.5, kind=kind, starts=starts)
+            close(part, whole[:, 16:])
+
+    def test_the_chunk_of_zeros(self):
+        """The authors' code lets chunk 0 see it: the outputs differ there, and not in chunk 1."""
+        _, plain, x = twins("still", chunk=4, ratio=0.0)
+        _, quirk, _ = twins("still", chunk=4, ratio=0.0, score="authors_chunk")
+        quirk.load_state_dict(plain.state_dict())
+        a, b = plain(x)[0], quirk(x)[0]
+        assert (a - b)[:, :4].abs().amax(-1).min() > 1e-6
+        close(a[:, 4:], b[:, 4:])
+        given = context(plain, x)
+        q, k, v = (t[:, :1] for t in plain.qkv(x, given))
+        s = 0.5 * (q * k.repeat_interleave(2, 2)).sum(-1)
+        top = s.clamp_min(0)
+        share = (s - top).exp() / ((s - top).exp() + 4 * (-top).exp() + 1e-6)
+        want = share[..., None] * v.repeat_interleave(2, 2)
+        close(quirk.heads_out(x, given)[0][:, :1], want)
+
+    def test_norms_help_the_transfer(self):
+        """Beside the same map that sees directions alone."""
+        errors = {}
+        for name in ("still", "directions"):
+            teacher, student, _ = twins("still", dtype=torch.float32, chunk=4, ratio=0.0)
+            if name == "directions":
+                for m in (student.feature_map_q, student.feature_map_k):
+                    m.register_forward_pre_hook(
+                        lambda _, args: torch.nn.functional.normalize(args[0], dim=-1)
+                    )
+            errors[name] = transfer(teacher, student)
+        assert errors["still"] < errors["directions"]
+
+
+def transfer(teacher, student, steps=100):
+    """The last error of maps and gate trained to give the teacher's outputs; inputs of unequal
+    length make some scores large."""
+    with torch.no_grad():
+        for layer in (teacher, student):
+            layer.q_proj.weight.mul_(2)
+            layer.k_proj.weight.mul_(2)
+    new = [p for n, p in student.named_parameters() if n not in dict(teacher.named_parameters())]
+    optimizer, errors = torch.optim.AdamW(new, lr=1e-2, weight_decay=0), []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        x = torch.randn(8, 32, 16, generator=generator)
+        x = x * (1 + 2 * torch.rand(8, 32, 1, generator=generator))
+        want, _ = teacher.heads_out(x, context(teacher, x))
+        got, _ = student.heads_out(x, context(student, x))
+        loss = (got - want.detach()).square().mean()
+        errors.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return sum(errors[-20:]) / 20
+
+
+class TestSala:
+    def test_slopes(self):
+        close(slopes(8, wide=True), 2.0 ** -torch.arange(1.0, 9, dtype=torch.float64))
+        want = [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125]
+        close(slopes(6, wide=True), torch.tensor(want, dtype=torch.float64))
+
+    def test_without_decay_and_norms_it_is_linear_attention(self):
+        teacher, mixer, x = twins("sala", decay=False, norm=False, qk_norm=False)
+        mixer.g_proj.register_forward_hook(lambda *args: torch.full_like(args[-1], 1e4))
+        q, k, v = teacher.qkv(x, context(teacher, x))
+        a = 0.5 * torch.einsum("bihk,bjhk->bhij", q, k.repeat_interleave(2, 2)).tril()
+        want = torch.einsum("bhij,bjhv->bihv", a, v.repeat_interleave(2, 2))
+        close(mixer.heads_out(x, context(mixer, x))[0], want)
+
+    def test_positions(self):
+        """Rotation shows differences only; a sparse layer has none to show."""
+        sparse = {"rope_theta": None, "block": 4, "local": 0, "topk": 2, "dense_len": 0}
+        for key, options in (("sala", {}), ("infllm_v2", sparse)):
+            _, mixer, x = twins(key, **options)
+            at = torch.arange(40)[None].expand(2, -1)
+            close(mixer(x, positions=at)[0], mixer(x, positions=at + 1000)[0], 1e-7)
+
+    @pytest.mark.parametrize("key", ["sala", "infllm_v2"])
+    def test_gate(self, key):
+        _, mixer, x = twins(key, **({} if key == "sala" else {"out_gate": True}))
+        found = []
+        for value in (1e4, -1e4):
+            hook = mixer.g_proj.register_forward_hook(
+                lambda *args, value=value: torch.full_like(args[-1], value)
+            )
+            found.append(mixer(x)[0])
+            hook.remove()
+        assert found[0].abs().min() > 0
+        assert found[1].abs().max() == 0
+
+    def test_sparse_off_is_dense_attention_without_positions(self):
+        options = {"rope_theta": None, "block": 4, "local": 0, "topk": 2}
+        _, sparse, x = twins("infllm_v2", dense_len=0, **options)
+        _, dense, _ = twins("infllm_v2", dense_len=1000, **options)
+        _, plain, _ = twins("softmax", rope_theta=None)
+        for mixer in (sparse, plain):
+            mixer.load_state_dict(dense.state_dict())
+        close(dense(x)[0], plain(x)[0])
+        assert (sparse(x)[0] - plain(x)[0]).abs().max() > 1e-6
+
+    def test_logit_scaling_serves_inference(self):
+        _, mixer, x = twins("infllm_v2", logit_scaling=500.0)
+        _, plain, _ = twins("infllm_v2")
+        plain.load_state_dict(mixer.state_dict())
+        close(mixer.train()(x)[0], plain(x)[0])
+        scaled = mixer.eval()(x)[0]
+        close(scaled[:, 0], plain(x)[0][:, 0])
+        assert (scaled - plain(x)[0])[:, 1:].abs().max() > 1e-6
+
+    def test_the_plan(self):
+        assert sparse_layers(32) == (0, 9, 16, 17, 22, 29, 30, 31)
+        for depth in (1, 2, 3, 8, 24):
+            plan = sparse_layers(depth)
+            assert {0, depth - 1} <= set(plan)
+            assert len(plan) == min(depth, max(2, depth // 4))
+
+    def test_the_measure_of_layers(self):
+        got = layer_importance([0.9, 0.5, 0.8], [0.6, 0.6, 0.5])
+        assert got[0] == 0.0
+        assert got[1] == 50.0
+        assert abs(got[2] - 1.0) < 1e-6
+        with pytest.raises(ValueError, match="one score a layer, got 1 and 2"):
+            layer_importance([0.1], [0.1, 0.2])
+
+    def test_first_alignment(self):
+        """Error after the output projection, from the teacher's weights and from random ones."""
+        errors = {}
+        for name in ("teacher", "random"):
+            teacher, student, _ = twins("sala", dtype=torch.float32, norm_eps=1e-5)
+            if name == "random":
+                torch.manual_seed(1)
+                for layer in (student.q_proj, student.k_proj, student.v_proj, student.o_proj):
+                    torch.nn.init.normal_(layer.weight, std=layer.weight.std().item())
+            optimizer, errors[name] = torch.optim.AdamW(student.parameters(), lr=3e-3), []
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(60):
+                x = torch.randn(8, 32, 16, generator=generator)
+                loss = (student(x)[0] - teacher(x)[0].detach()).square().mean()
+                errors[name].append(float(loss.detach()))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        start, end = errors["teacher"][0], sum(errors["teacher"][-5:]) / 5
+        assert start < errors["random"][0]
+        assert end < 0.5 * start

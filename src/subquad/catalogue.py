@@ -116,6 +116,27 @@ _CARDS = (
         evidence=("facts", "golden"),
     ),
     System(
+        key="sala",
+        name="MiniCPM-SALA",
+        paper="MiniCPM-SALA: Hybridizing Sparse and Linear Attention for Efficient Long-Context "
+        "Modeling",
+        arxiv="2602.11761",
+        family="hybrid",
+        kind="mixer",
+        home="subquad.mixers.sala:SALA",
+        evidence=("facts",),
+    ),
+    System(
+        key="still",
+        name="STILL",
+        paper="STILL: Selecting Tokens for Intra-Layer Hybrid Attention to Linearize LLMs",
+        arxiv="2602.02180",
+        family="conversion",
+        kind="mixer",
+        home="subquad.mixers.still:STILL",
+        evidence=("facts",),
+    ),
+    System(
         key="mla",
         name="MLA",
         paper="DeepSeek-V2: A Strong, Economical, and Efficient Mixture-of-Experts Language Model",

@@ -9,6 +9,7 @@ M pooled windows.
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from subquad import mask as masks
 from subquad.mixers.base import Context
@@ -47,6 +48,9 @@ class InfLLMv2(Softmax):
         approximate: normalise the masses by windows four times as long (a quarter more work
             instead of twice as much), as the paper does.
         nope: choose by unrotated queries and keys.
+        out_gate: multiply what the heads read by ``sigmoid(Wg x)``, before the output projection.
+        logit_scaling: a; outside training, query t (from 0) is multiplied by
+            ``log(t + a) / log(a)``; None for none. Chen et al., arXiv 2601.22156, equation 11.
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
@@ -63,6 +67,8 @@ class InfLLMv2(Softmax):
         dense_len: int = 8192,
         approximate: bool = True,
         nope: bool = False,
+        out_gate: bool = False,
+        logit_scaling: float | None = None,
         **options: Any,
     ) -> None:
         if options.keys() & {"window", "sinks"}:
@@ -78,6 +84,11 @@ class InfLLMv2(Softmax):
             raise ValueError("nope needs rotated keys, got rope_theta=None")
         self.block, self.init, self.local, self.topk = block, init, local, topk
         self.dense_len, self.approximate, self.nope = dense_len, approximate, nope
+        if logit_scaling is not None and not logit_scaling > 1:
+            raise ValueError(f"logit_scaling must be above 1 or None, got {logit_scaling}")
+        self.logit_scaling = logit_scaling
+        width = self.heads * self.head_dim
+        self.g_proj = nn.Linear(dim, width, bias=False) if out_gate else None
 
     @property
     def kept(self) -> int:
@@ -86,6 +97,10 @@ class InfLLMv2(Softmax):
 
     def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         q, k, v = self.qkv(x, context)
+        if self.logit_scaling is not None and not self.training:
+            a = self.logit_scaling
+            factor = (context.positions + a).log() / math.log(a)
+            q = q * factor[..., None, None].to(q.dtype)
         span = Span(context, {"k": k, "v": v})
         q, k, v = span.rows(q), span["k"], span["v"]
         texts = list(self._texts(span, context, q.shape[1]))
@@ -99,7 +114,10 @@ class InfLLMv2(Softmax):
         longest = max(windows.shape[1] for windows in pooled)
         rows = [F.pad(t, (0, 0, 0, 0, 0, longest - t.shape[1])) for t in pooled]
         state = ChainMap({"pooled": torch.cat(rows)}, span.state())  # type: ignore[arg-type]
-        return span.tokens(o), state
+        o = span.tokens(o)
+        if self.g_proj is not None:
+            o = o * torch.sigmoid(self.g_proj(x)).view_as(o)
+        return o, state
 
     def _texts(self, span: Span, context: Context, T: int) -> Iterator[_Text]:
         """The sequences of a call, each of its own length; one for all rows where they agree."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from subquad.mixers.sala import sparse_layers
 from subquad.models.config import CausalLMConfig
 from subquad.ops import checks
 
@@ -126,10 +127,42 @@ def based(
     return CausalLMConfig(layers=_pattern(layers), mixers=mixers, **ours | config)
 
 
+def sala(
+    *, heads: int = 8, kv_heads: int | None = None, head_dim: int | None = None, **config: Any
+) -> CausalLMConfig:
+    """One sparse layer (InfLLM-V2, no positions) in four, Lightning Attention (rotary) elsewhere.
+
+    The plan is :func:`~subquad.mixers.sala.sparse_layers`. Source: MiniCPM Team, "MiniCPM-SALA",
+    arXiv 2602.11761. Its muP scaling of residuals, embeddings and logits is left out.
+
+    Args:
+        heads: of both kinds of layer; kv_heads: of the sparse ones, H / 16 (at least 1) as
+            published where None. The linear ones have as many as heads.
+        head_dim: K; ``dim / heads`` where None.
+        **config: of :class:`CausalLMConfig`; the sparse layers' alias is ``sparse``, the linear
+            ones' ``sala``.
+    """
+    depth = config.get("depth", CausalLMConfig.depth)
+    sparse = sparse_layers(depth)
+    kv_heads = max(1, heads // 16) if kv_heads is None else kv_heads
+    layers = ["sparse" if l in sparse else "sala" for l in range(depth)]
+    shape = {"heads": heads} | ({} if head_dim is None else {"head_dim": head_dim})
+    defaults: dict[str, dict[str, Any]] = {
+        "sala": dict(shape),
+        "sparse": {
+            "mixer": "infllm_v2", **shape, "kv_heads": kv_heads, "rope_theta": None,
+            "qk_norm": True, "out_gate": True,
+        },
+    }  # fmt: skip
+    mixers = _merged({alias: defaults[alias] for alias in layers}, config.pop("mixers", {}))
+    return CausalLMConfig(layers=_pattern(layers), mixers=mixers, **config)
+
+
 PRESETS: dict[str, Callable[..., CausalLMConfig]] = {
     "based": based,
     "hybrid": hybrid,
     "kimi_linear": kimi_linear,
+    "sala": sala,
 }
 
 

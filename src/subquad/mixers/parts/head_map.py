@@ -69,6 +69,38 @@ class HeadMap(nn.Module):
             return feature(y if self.bias is None else y + self.bias.to(wide), self.kind)
 
 
+class NormMap(nn.Module):
+    """A map that learns directions and keeps norms: ``phi(x) = [softmax(n), softmax(-n)]``,
+    ``n = |x| y / |y|``, ``y = W_h (x - 2 (x . u_h) u_h)``, u of norm 1; width 2 F.
+
+    Source: Meng et al., "STILL", arXiv 2602.02180 (NP-Map).
+
+    Args:
+        heads: H; head_dim: K; features: F, K where None.
+    """
+
+    def __init__(self, heads: int, head_dim: int, features: int | None = None) -> None:
+        super().__init__()
+        features = head_dim if features is None else features
+        checks.positive("features", features)
+        self.width = 2 * features
+        bound = math.sqrt(6 / (head_dim * features))
+        self.weight = nn.Parameter(torch.empty(heads, head_dim, features).uniform_(-bound, bound))
+        self.u = nn.Parameter(torch.randn(heads, head_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return feature(self.directed(x), "softmax_dim")
+
+    def directed(self, x: Tensor) -> Tensor:
+        """n ``[B,T,H,F]`` of x ``[B,T,H,K]``."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        u = nn.functional.normalize(self.u.to(x.dtype), dim=-1)
+        mirrored = x - 2 * (x * u).sum(-1, keepdim=True) * u
+        y = torch.einsum("bthk,hkf->bthf", mirrored, self.weight.to(x.dtype))
+        return x.norm(dim=-1, keepdim=True) * nn.functional.normalize(y, dim=-1, eps=LEAST)
+
+
 def feature(y: Tensor, kind: str) -> Tensor:
     """phi of what the linear layer gives, positive: at least 1e-12."""
     if kind == "softmax_dim":
