@@ -316,6 +316,7 @@ ROWS = [
         {"dim": 16, "heads": 1, "value_heads": 2, "head_dim": 8, "negative_eigenvalues": True},
         name="grouped",
     ),
+<<<<<<< HEAD
     Row("softmax", {"dim": 16, "heads": 2, "causal": False}, name="bidirectional", causal=False),
     *[
         Row(key, {"dim": 16, "heads": 2, **options}, name, causal=False, packs=False, grid=(6, 5))
@@ -336,5 +337,65 @@ ROWS = [
         packs=False,
         grid=(6, 5),
         golden=golden_vision.mala,
+=======
+    Row("titans", {"dim": 8, "heads": 2, "chunk": 4}),
+    Row(
+        "titans",
+        {
+            "dim": 8,
+            "heads": 2,
+            "depth": 1,
+            "chunk": 1,
+            "head_dim": 3,
+            "conv_size": 0,
+            "persistent": 0,
+            "read": "before",
+        },
+        name="linear",
+    ),
+    Row(
+        "titans",
+        {
+            "dim": 8,
+            "heads": 2,
+            "variant": "mac",
+            "chunk": 2,
+            "segment": 4,
+            "persistent": 2,
+        },
+        name="mac",
+    ),
+    Row(
+        "titans",
+        {"dim": 8, "heads": 2, "variant": "mag", "chunk": 4, "window": 5, "persistent": 3},
+        name="mag",
+    ),
+    Row(
+        "titans",
+        {
+            "dim": 8,
+            "heads": 2,
+            "variant": "mal",
+            "chunk": 3,
+            "window": 4,
+            "depth": 3,
+        },
+        name="mal",
+    ),
+    Row(
+        "titans",
+        {
+            "dim": 32,
+            "heads": 2,
+            "variant": "library",
+            "chunk": 16,
+            "step": 4,
+            "lr_max": 1.0,
+            "activation": "silu",
+            "qk_norm": True,
+        },
+        name="library",
+        golden="foreign",
+>>>>>>> f9832ef (Titans: fast weights trained while reading, in exact chunks; LMM, MAC, MAG, MAL and the library's layer)
     ),
 ]

@@ -303,6 +303,16 @@ _CARDS = (
         evidence=("facts",),
     ),
     System(
+        key="titans",
+        name="Titans",
+        paper="Titans: Learning to Memorize at Test Time",
+        arxiv="2501.00663",
+        family="memory",
+        kind="mixer",
+        home="subquad.mixers.titans:Titans",
+        evidence=("facts", "golden"),
+    ),
+    System(
         key="neighborhood",
         name="Neighborhood attention",
         paper="Faster Neighborhood Attention: "
