@@ -266,3 +266,30 @@ def test_training_options_go_before_the_comparisons():
     assert rest == {"pairs": 3}
     assert (config.lr, config.batch, config.steps) == (0.5, 2, 5)
     assert isinstance(config, TrainConfig)
+
+
+def test_images_are_compared_with_vision_models(tmp_path):
+    models = ("mala", "near=neighborhood[window=3x3]*1 softmax", "soft[ratio=2]")
+    images = Comparison(
+        mixers=models,
+        tasks=("images[size=8,patch=2,steps=4]",),
+        dim=16,
+        depth=2,
+        heads=2,
+        mlp_dim=16,
+        batch=4,
+        eval_batches=1,
+        warmup=1,
+    )
+    found = compare(images, tmp_path)
+    assert list(found.cells) == [f"train/{e}/images" for e in ("mala", "near", "soft[ratio=2]")]
+    sizes = [cell["parameters"] for cell in found.cells.values()]
+    assert max(sizes) < 1.04 * min(sizes)
+    for cell in found.cells.values():
+        assert 0 <= cell["score"] <= 1
+        assert cell["tokens"] == 16
+        assert cell["flops"] > 0
+    text = report.write(found, tmp_path / "report.html").read_text()
+    assert "accuracy against work" in text
+    with pytest.raises(ValueError, match="patch must divide the images' size=8, got 3"):
+        compare(replace(images, tasks=("images[size=8,patch=3]",)), tmp_path)

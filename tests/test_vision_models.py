@@ -124,7 +124,7 @@ def test_the_authors_block(shared):
         "ffn.fc1": "mlp.fc1", "ffn.dwconv": "mlp.conv", "ffn.fc2": "mlp.fc2",
     }  # fmt: skip
     layers = {"dims": [32], "depths": [1], "heads": [2], "layers": "mala"}
-    block = Block(VisionConfig(**layers, mlp_dim=64, layer_scale=0.5), 0, 0.0)
+    block = Block(VisionConfig(**layers, mlp_dim=64, layer_scale=0.5), 0, 0, 0.0)
 
     def ours(prefix: str) -> dict[str, torch.Tensor]:
         found = {n.removeprefix(prefix): t for n, t in golden.items() if n.startswith(prefix)}
@@ -155,7 +155,7 @@ BAD = [
     ({"mixer": "mla_"}, "did you mean"),
     ({"mixer": {"window": 3}}, "mixer must be a key or have one as 'mixer'"),
     ({"heads": [1, 2]}, "heads must have 4 stages as dims has"),
-    ({"layers": ["mala"], "mixers": {}}, "layers must be one alias or 4"),
+    ({"layers": ["mala"], "mixers": {}}, "layers must be one pattern or 4"),
     ({"out_indices": (4,)}, "out_indices must lie in -4..3, got 4"),
     ({"stem": "convs"}, "did you mean 'conv'"),
     ({"stem": "conv"}, "patch must be 4 where stem is 'conv', got 2"),

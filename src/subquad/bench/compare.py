@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from subquad.ops import checks
 
 if TYPE_CHECKING:
     from subquad.models.config import CausalLMConfig
+    from subquad.models.vision import VisionConfig
     from subquad.tasks.base import Task
     from subquad.train import TrainConfig
 
@@ -37,7 +39,9 @@ class Comparison:
     Attributes:
         mixers: models as :mod:`subquad.bench.spec` names them; ``label=model`` sets the label.
         tasks: tasks as :mod:`subquad.bench.spec` names them. Their options may hold those of
-            training (``mqar[pairs=8,steps=400]``), which go before the ones below.
+            training (``mqar[pairs=8,steps=400]``), which go before the ones below. On "images" the
+            mixers are those of vision models, of ``patch`` pixels a token
+            (``images[size=28,patch=2]``), and nothing is timed over the length for them.
         dim: C, the width of every model; depth: its layers.
         heads: of every mixer that has heads and is not given another number; None leaves each its
             default.
@@ -194,10 +198,15 @@ def _cells(comparison: Comparison) -> Iterator[_Cell]:
         config, options = _training(comparison, options)
         if name == "text" and comparison.text is not None:
             options.setdefault("path", comparison.text)
+        patch = options.pop("patch", 2) if name == "images" else None
         task = create_task(name, **options)
-        for label, model in _models(comparison, task.vocab_size).items():
+        models = _models(comparison, task.vocab_size) if patch is None else (
+            _vision_models(comparison, task, patch)
+        )  # fmt: skip
+        for label, model in models.items():
             yield _train_cell(label, name, task, model, config, comparison)
-    if comparison.lengths:
+    reads = any(spec.named(text)[0] != "images" for text in comparison.tasks)
+    if comparison.lengths and (reads or not comparison.tasks):
         for label, model in _models(comparison, 256).items():
             yield _speed_cell(label, model, comparison)
 
@@ -213,6 +222,23 @@ def _models(comparison: Comparison, vocab_size: int) -> dict[str, CausalLMConfig
         "tie_embeddings": True,
     }
     return matched(comparison.entries(), heads=comparison.heads, **sizes)
+
+
+def _vision_models(comparison: Comparison, task: Any, patch: int) -> dict[str, VisionConfig]:
+    """Each entry's model of images, all of one size."""
+    if task.size % patch:
+        raise ValueError(f"patch must divide the images' size={task.size}, got {patch}")
+    return matched(
+        comparison.entries(),
+        make=partial(spec.vision, heads=comparison.heads or 4),
+        mlp_dim=comparison.mlp_dim,
+        dim=comparison.dim,
+        depth=comparison.depth,
+        init_std=comparison.init_std,
+        channels=task.channels,
+        classes=task.vocab_size,
+        patch=patch,
+    )
 
 
 def _training(
@@ -232,7 +258,7 @@ def _train_cell(
     label: str,
     name: str,
     task: Task,
-    model: CausalLMConfig,
+    model: CausalLMConfig | VisionConfig,
     config: TrainConfig,
     comparison: Comparison,
 ) -> _Cell:
@@ -241,18 +267,20 @@ def _train_cell(
 
         lm = build(model, comparison.seed, comparison.device)
         found = train(lm, task, config, out=folder, progress=tell)
+        size = getattr(task, "size", None)
         return {
             "kind": "train",
             "entry": label,
             "task": name,
             "metric": task.metric,
             "higher_is_better": task.higher_is_better,
-            "tokens": task.length,
+            "tokens": task.length if size is None else (size // model.patch) ** 2,
             "steps": found.steps,
             "parameters": parameters(model),
             "mlp_dim": model.mlp_dim,
             "score": found.evals[-1][task.metric],
             "state_bytes": lm.state_bytes(task.length),
+            "flops": lm.flops(task.length if size is None else size),
             "history": found.history,
             "evals": found.evals,
             "tokens_per_second": found.tokens_per_second,
@@ -288,6 +316,6 @@ def _speed_cell(label: str, model: CausalLMConfig, comparison: Comparison) -> _C
     return _Cell(f"speed/{label}", len(lengths), json.loads(json.dumps(depends)), measure)
 
 
-def _plain(config: CausalLMConfig) -> dict[str, Any]:
+def _plain(config: CausalLMConfig | VisionConfig) -> dict[str, Any]:
     """What a model's configuration adds to the defaults, without versions."""
     return {k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"}

@@ -47,12 +47,16 @@ def crossing(x: Sequence[float], a: Sequence[float], b: Sequence[float]) -> floa
 
 
 def quality(results: Results, task: str) -> go.Figure:
-    """The task's score against the state that it was reached with, and the Pareto front."""
+    """The task's score against the state that it was reached with (the work, for an image, which
+    leaves none), and the Pareto front."""
     cells = list(results.trained(task))
     metric, higher = cells[0]["metric"], cells[0]["higher_is_better"]
     colour = colours(results)
-    figure = blank("state of one sequence, bytes", metric)
-    edge = front([(c["state_bytes"], c["score"]) for c in cells], higher)
+    images = not any(c["state_bytes"] for c in cells)
+    key = "flops" if images else "state_bytes"
+    label = "forward pass of one image, FLOPs" if images else "state of one sequence, bytes"
+    figure = blank(label, metric)
+    edge = front([(c[key], c["score"]) for c in cells], higher)
     figure.add_scatter(
         x=[x for x, _ in edge],
         y=[y for _, y in edge],
@@ -61,10 +65,10 @@ def quality(results: Results, task: str) -> go.Figure:
         line={"color": FRONT, "dash": "dot", "width": 1.5, "shape": "hv"},
         hoverinfo="skip",
     )
-    for i, cell in enumerate(sorted(cells, key=lambda c: c["state_bytes"])):
-        held = units.bytes_(cell["state_bytes"])
+    for i, cell in enumerate(sorted(cells, key=lambda c: c[key])):
+        held = f"{units.count(cell[key])} FLOPs" if images else units.bytes_(cell[key])
         figure.add_scatter(
-            x=[cell["state_bytes"]],
+            x=[cell[key]],
             y=[cell["score"]],
             name=cell["entry"],
             mode="markers+text",
@@ -75,9 +79,12 @@ def quality(results: Results, task: str) -> go.Figure:
             hovertemplate=f"{metric} {cell['score']:.3f}<br>{held}"
             f"<br>{units.count(cell['parameters'])} parameters<extra>{cell['entry']}</extra>",
         )
-    held_bytes = [c["state_bytes"] for c in cells]
-    bytes_axis(figure.update_xaxes, held_bytes)
-    low, high = math.log10(min(held_bytes)), math.log10(max(held_bytes))
+    costs = [c[key] for c in cells]
+    if images:
+        figure.update_xaxes(type="log")
+    else:
+        bytes_axis(figure.update_xaxes, costs)
+    low, high = math.log10(min(costs)), math.log10(max(costs))
     room = 0.12 * (high - low) + 0.05
     figure.update_xaxes(range=[low - room, high + room])
     if metric == "accuracy":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from subquad import catalogue
@@ -13,32 +13,40 @@ from subquad.ops import checks
 if TYPE_CHECKING:
     from subquad.models.causal_lm import CausalLM
     from subquad.models.config import CausalLMConfig
+    from subquad.models.vision import VisionConfig, VisionModel
 
 TOLERANCE = 0.02
 
 
 def matched(
-    entries: Iterable[tuple[str, str]], *, heads: int | None = None, mlp_dim: int, **sizes: Any
-) -> dict[str, CausalLMConfig]:
+    entries: Iterable[tuple[str, str]],
+    *,
+    heads: int | None = None,
+    mlp_dim: int,
+    make: Callable[..., Any] = spec.model,
+    **sizes: Any,
+) -> dict[str, Any]:
     """The configuration of each (label, model), their MLPs widened to equal parameter counts.
 
     Args:
         entries: labels and models as :mod:`subquad.bench.spec` names them.
         heads: of every mixer that has heads and is not given another number.
         mlp_dim: of the largest model; the others get wider ones.
-        **sizes: of :class:`~subquad.models.config.CausalLMConfig`, for all.
+        make: reads a model's name; :func:`spec.model`, or :func:`spec.vision` for images.
+        **sizes: of :class:`~subquad.models.config.CausalLMConfig` (or the vision one), for all.
 
     Raises:
         ValueError: if the counts cannot be brought within 2%.
     """
     configs = {
-        label: _with_heads(spec.model(model, mlp_dim=mlp_dim, **sizes), heads)
-        for label, model in entries
+        label: _with_heads(make(model, mlp_dim=mlp_dim, **sizes), heads) for label, model in entries
     }
     counts = {label: parameters(config) for label, config in configs.items()}
     target = max(counts.values())
     for label, config in configs.items():
-        config.mlp_dim = mlp_dim + round((target - counts[label]) / (3 * config.dim * config.depth))
+        config.mlp_dim = mlp_dim + 1
+        each = parameters(config) - counts[label]
+        config.mlp_dim = mlp_dim + round((target - counts[label]) / each)
         found = parameters(config)
         if abs(found - target) > TOLERANCE * target:
             raise ValueError(
@@ -48,7 +56,7 @@ def matched(
     return configs
 
 
-def _with_heads(config: CausalLMConfig, heads: int | None) -> CausalLMConfig:
+def _with_heads(config: Any, heads: int | None) -> Any:
     if heads is None:
         return config
     for alias in set(config.pattern):
@@ -58,17 +66,15 @@ def _with_heads(config: CausalLMConfig, heads: int | None) -> CausalLMConfig:
     return config
 
 
-def parameters(config: CausalLMConfig) -> int:
+def parameters(config: CausalLMConfig | VisionConfig) -> int:
     """The model's parameters, counted without allocating them."""
     import torch
 
-    from subquad.models.causal_lm import CausalLM
-
     with torch.device("meta"):
-        return sum(p.numel() for p in CausalLM(config).parameters())
+        return sum(p.numel() for p in _fresh(config).parameters())
 
 
-def build(config: CausalLMConfig, seed: int, device: str) -> CausalLM:
+def build(config: CausalLMConfig | VisionConfig, seed: int, device: str) -> Any:
     """A model with fresh weights.
 
     Raises:
@@ -76,13 +82,18 @@ def build(config: CausalLMConfig, seed: int, device: str) -> CausalLM:
     """
     import torch
 
-    from subquad.models.causal_lm import CausalLM
-
     check_device(device)
     torch.manual_seed(seed)
-    model = CausalLM(config)
+    model = _fresh(config)
     torch.nn.Module.to(model, device)
     return model
+
+
+def _fresh(config: CausalLMConfig | VisionConfig) -> CausalLM | VisionModel:
+    from subquad.models.causal_lm import CausalLM
+    from subquad.models.vision import VisionConfig, VisionModel
+
+    return VisionModel(config) if isinstance(config, VisionConfig) else CausalLM(config)
 
 
 def check_device(device: str) -> None:

@@ -84,11 +84,15 @@ def sections(results: Results) -> Iterator[Section]:
     for task in results.tasks:
         cell = next(results.trained(task))
         better = "higher" if cell["higher_is_better"] else "lower"
+        images = not any(c["state_bytes"] for c in results.trained(task))
+        paid = (
+            "image of {:,} tokens costs" if images else "sequence of {:,} tokens leaves in memory"
+        )
         yield Section(
-            f"{task}: {cell['metric']} against state",
-            f"What one sequence of {cell['tokens']:,} tokens leaves in memory, and what the model "
-            f"made of it after {cell['steps']:,} steps; {better} is better, further left is "
-            "cheaper. Below the dotted front lies what another beats on both counts.",
+            f"{task}: {cell['metric']} against {'work' if images else 'state'}",
+            f"What one {paid.format(cell['tokens'])}, and what the model made of it after "
+            f"{cell['steps']:,} steps; {better} is better, further left is cheaper. "
+            "Below the dotted front lies what another beats on both counts.",
             figures.quality(results, task),
         )
         yield Section(
@@ -146,7 +150,11 @@ def columns(results: Results) -> list[Column]:
         higher = cells[0]["higher_is_better"]
         out.append(_column(f"{task} {cells[0]['metric']}", score, "{:.3f}".format, higher))
         state = {c["entry"]: c["state_bytes"] for c in cells}
-        out.append(_column(f"{task} state", state, units.bytes_, False))
+        if any(state.values()):
+            out.append(_column(f"{task} state", state, units.bytes_, False))
+        else:
+            work = {c["entry"]: c["flops"] for c in cells}
+            out.append(_column(f"{task} FLOPs", work, units.count, False))
     timed = [cell for cell in results.timed() if cell["lengths"]]
     if timed:
         T = min(cell["lengths"][-1] for cell in timed)

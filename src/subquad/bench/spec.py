@@ -23,16 +23,21 @@ from subquad.ops import checks
 if TYPE_CHECKING:
     from subquad.mask import Mask
     from subquad.models.config import CausalLMConfig
+    from subquad.models.vision import VisionConfig
 
 _NAMED = re.compile(r"(?P<name>\w+)(?:\[(?P<options>[^\[\]]*)\])?")
 _PRESET = re.compile(r"(?P<name>\w+)(?P<args>(?::\w+)*)(?:\[(?P<options>.*)\])?")
+_SIZES = re.compile(r"\d+(x\d+)+")
 _CONSTANTS = {"true": True, "false": False, "none": None}
 
 
 def value(text: str) -> Any:
-    """``"8"`` as int, ``"0.5"`` as float, ``"true"``, ``"none"``, else the text itself."""
+    """``"8"`` as int, ``"0.5"`` as float, ``"true"``, ``"none"``, ``"7x7"`` as a list, else the
+    text itself."""
     if text.lower() in _CONSTANTS:
         return _CONSTANTS[text.lower()]
+    if _SIZES.fullmatch(text):
+        return [int(part) for part in text.split("x")]
     for kind in (int, float):
         try:
             return kind(text)
@@ -95,6 +100,16 @@ def model(text: str, **config: Any) -> CausalLMConfig:
         return PRESETS[preset["name"]](**{**config, **extra})
     layers, mixers = _pattern(text, list(PRESETS))
     return CausalLMConfig(layers=layers, mixers=mixers, **config)
+
+
+def vision(text: str, *, dim: int, depth: int, heads: int, **config: Any) -> VisionConfig:
+    """The same names as the configuration of an isotropic vision model."""
+    from subquad.models.vision import VisionConfig
+
+    read = model(text, dim=dim, depth=depth)
+    layers = read.layers if isinstance(read.layers, str) else " ".join(read.layers)
+    sizes: dict[str, Any] = {"dims": [dim], "depths": [depth], "heads": [heads]}
+    return VisionConfig(layers=layers, mixers=read.mixers, stem="patch", **sizes, **config)
 
 
 def _pattern(text: str, presets: list[str]) -> tuple[str, dict[str, dict[str, Any]]]:

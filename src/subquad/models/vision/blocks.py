@@ -42,13 +42,13 @@ class MLP(nn.Module):
 class Block(GradientCheckpointingLayer):
     """A mixer and an MLP, each added to the stream: behind a norm, or with one after the sum."""
 
-    def __init__(self, config: VisionConfig, stage: int, drop: float) -> None:
+    def __init__(self, config: VisionConfig, stage: int, block: int, drop: float) -> None:
         super().__init__()
         dim = config.dims[stage]
         self.post = config.norm == "post"
         self.position = depthwise(dim) if config.position == "conv" else None
         self.mixer_norm = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.mixer = build_mixer(config, stage)
+        self.mixer = build_mixer(config, stage, block)
         self.mlp_norm = nn.LayerNorm(dim, eps=config.norm_eps)
         self.mlp = MLP(dim, config.inner_dim(stage), config.mlp_conv)
         self.drop = drop
@@ -87,7 +87,9 @@ class Stage(nn.Module):
         if config.position == "learned":
             side = max(1, config.image_size // config.patch // 2**stage)
             self.position = nn.Parameter(config.init_std * torch.randn(1, dim, side, side))
-        self.blocks = nn.ModuleList([Block(config, stage, drop) for drop in drops])
+        self.blocks = nn.ModuleList(
+            [Block(config, stage, block, drop) for block, drop in enumerate(drops)]
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """``x [B,C',height,width]`` to the image after each block, ``[B,C,height,width]``."""
@@ -114,9 +116,9 @@ def stem(config: VisionConfig) -> nn.Module:
     return nn.Sequential(*layers, conv3(half, dim, 2), nn.BatchNorm2d(dim))
 
 
-def build_mixer(config: VisionConfig, stage: int) -> Mixer:
-    """The mixer of a stage's blocks."""
-    key, options = config.mixer(config.stage_layers[stage])
+def build_mixer(config: VisionConfig, stage: int, block: int) -> Mixer:
+    """The mixer of one block."""
+    key, options = config.mixer(config.patterns[stage][block])
     known = inspect.signature(catalogue.system(key).load()).parameters
     ours: dict[str, Any] = {"heads": config.heads[stage], **IMAGE_OPTIONS}
     given = {name: value for name, value in ours.items() if name in known} | options

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from subquad import catalogue
+from subquad.models.config import expand_pattern
 from subquad.ops import checks
 
 STEMS = ("conv", "patch")
@@ -24,7 +25,8 @@ class VisionConfig(PreTrainedConfig):
     Args:
         channels: of the images. classes: of the logits; 0 for no head, pooled features instead.
         dims, depths, heads: width, blocks and heads of each stage.
-        layers: the alias of each stage's mixer, or one for all.
+        layers: the pattern of each stage's mixers, or one for all: aliases with optional counts,
+            repeated to the stage's depth, e.g. ``"neighborhood*3 softmax"``.
         mixers: the options of each alias, ``{alias: {"mixer": key, **options}}``; the key of the
             catalogue is the alias itself where ``"mixer"`` is left out. JSON values only. A mixer
             that may be causal is not, and softmax has no rotary positions, unless told so here.
@@ -110,7 +112,7 @@ class VisionConfig(PreTrainedConfig):
             for value in getattr(self, name):
                 checks.positive(name, value)
         if not isinstance(self.layers, str) and len(self.layers) != stages:
-            raise ValueError(f"layers must be one alias or {stages}, got {self.layers}")
+            raise ValueError(f"layers must be one pattern or {stages}, got {self.layers}")
         if isinstance(self.layer_scale, list) and len(self.layer_scale) != stages:
             raise ValueError(f"layer_scale must be one or {stages} values, got {self.layer_scale}")
         for index in self.out_indices or ():
@@ -119,9 +121,10 @@ class VisionConfig(PreTrainedConfig):
                     f"out_indices must lie in {-self.levels}..{self.levels - 1}, got {index}"
                 )
         keys = [card.key for card in catalogue.systems(kind="mixer")]
+        used = dict.fromkeys(alias for stage in self.patterns for alias in stage)
         for alias in self.mixers:
-            checks.one_of("alias in mixers", alias, self.stage_layers)
-        for alias in self.stage_layers:
+            checks.one_of("alias in mixers", alias, used)
+        for alias in used:
             key, options = self.mixer(alias)
             checks.one_of("layers" if alias == key else f"mixer of {alias!r}", key, keys)
             if "dim" in options:
@@ -132,9 +135,11 @@ class VisionConfig(PreTrainedConfig):
                 raise ValueError(f"mixers[{alias!r}] must hold JSON values: {error}") from None
 
     @property
-    def stage_layers(self) -> list[str]:
-        """The alias of every stage."""
-        return [self.layers] * len(self.dims) if isinstance(self.layers, str) else list(self.layers)
+    def patterns(self) -> list[tuple[str, ...]]:
+        """The alias of every block, stage by stage."""
+        one = isinstance(self.layers, str)
+        stages = [self.layers] * len(self.dims) if one else self.layers
+        return [expand_pattern(p, depth) for p, depth in zip(stages, self.depths, strict=True)]
 
     @property
     def levels(self) -> int:
