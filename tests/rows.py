@@ -316,7 +316,6 @@ ROWS = [
         {"dim": 16, "heads": 1, "value_heads": 2, "head_dim": 8, "negative_eigenvalues": True},
         name="grouped",
     ),
-<<<<<<< HEAD
     Row("softmax", {"dim": 16, "heads": 2, "causal": False}, name="bidirectional", causal=False),
     *[
         Row(key, {"dim": 16, "heads": 2, **options}, name, causal=False, packs=False, grid=(6, 5))
@@ -337,7 +336,7 @@ ROWS = [
         packs=False,
         grid=(6, 5),
         golden=golden_vision.mala,
-=======
+    ),
     Row("titans", {"dim": 8, "heads": 2, "chunk": 4}),
     Row(
         "titans",
@@ -396,6 +395,5 @@ ROWS = [
         },
         name="library",
         golden="foreign",
->>>>>>> f9832ef (Titans: fast weights trained while reading, in exact chunks; LMM, MAC, MAG, MAL and the library's layer)
     ),
 ]
