@@ -49,14 +49,13 @@ class Part:
     def __init__(self, slab: Slab, q, k, v, decay, beta, scale: float, dtype: torch.dtype) -> None:
         c = self.c = slab.chunk
         self.scale = scale
-        q, k, self.v = (slab.take(t, dtype) for t in (q, k, v))
-        if beta is None:
-            rows = q * scale
-        else:
+        k, self.v = slab.take(k, dtype), slab.take(v, dtype)
+        kinds = 1 if beta is None else 2
+        rows = k.new_empty(len(k), kinds * c, k.shape[2])
+        slab.take(q, dtype, rows[:, :c], scale)
+        if beta is not None:
             self.beta, self.plain_v = slab.take(beta, dtype), self.v
             self.v = self.v * self.beta
-            rows = q.new_empty(len(q), 2 * c, q.shape[2])
-            torch.mul(q, scale, out=rows[:, :c])
             torch.mul(k, -self.beta, out=rows[:, c:])
         self.gate = gate_of(rows, k, None if decay is None else slab.take(decay, dtype))
         self.pairs = self.gate.pairs()
@@ -156,32 +155,35 @@ def backward(
     ]
     for slab in plan.slabs(reverse=True):
         part = Part(slab, q, k, v, decay, beta, scale, states.dtype)
-        E = slab.take(do, states.dtype)
+        E = part.v.new_empty(len(part.v), part.pairs.shape[1], V)
+        slab.take(do, states.dtype, E[:, : part.c])
         values = _gradients(part, slab.steps, states[slab.span], E, dS)
         for grad, value in zip(grads, values, strict=True):
             if grad is not None:
-                slab.put(grad, value)
+                slab.put(grad, *value)
     return *grads, plan.unsort(dS)
 
 
 def _gradients(part: Part, steps: list[int], S: Tensor, E: Tensor, dS: Tensor):
-    """Gradients of a slab's q, k, v, decay and beta from that of its output, E ``[X,c,V]``, and
+    """Gradients of a slab's q, k, v, decay and beta, each with a factor that it still needs, or
+    none, from that of its output, E ``[X,c,V]`` (for the delta rule with room for dY below), and
     of the state after it, dS, which is carried to before it."""
     c, gate = part.c, part.gate
     D = part.U if part.W is None else part.U.baddbmm_(part.W, S)
-    dD, after = _reverse_scan(part, steps, E, dS)
+    dD, after = _reverse_scan(part, steps, E[:, :c], dS)
     dv = dD
     if part.inverse is not None:
         dv = torch.bmm(part.inverse.mT, dD)
-        E = torch.cat([E, dv], 1)
+        E[:, c:] = dv
     dA, dreads, dwrites = torch.bmm(E, D.mT), torch.bmm(E, S.mT), torch.bmm(D, after.mT)
     drows, dk, ddecay = gate.gradients(part.pairs, dA, dreads, dwrites, S, after)
-    dq = drows[:, :c].mul_(part.scale)
+    dq = (drows[:, :c], part.scale)
     if part.inverse is None:
-        return dq, dk, dv, ddecay, None
-    dbeta = (dv * part.plain_v).sum(-1) - (drows[:, c:] * gate.k).sum(-1)
+        return dq, (dk,), (dv,), (ddecay,), ()
+    dbeta = torch.mul(part.plain_v, dv, out=part.v).sum(-1)
+    dbeta.sub_((drows[:, c:] * gate.k).sum(-1))
     dk.addcmul_(drows[:, c:], part.beta, value=-1)
-    return dq, dk, dv * part.beta, ddecay, dbeta
+    return dq, (dk,), (dv, part.beta), (ddecay,), (dbeta,)
 
 
 def _reverse_scan(part: Part, steps: list[int], E: Tensor, dS: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ class Plain:
         self, A: Tensor, dA: Tensor, dreads: Tensor, dwrites: Tensor, S: Tensor, dS: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of rows, k and the decay; S is the state before the chunk, dS the gradient of
-        the one after it. All that starts with d but dS is spent."""
+        the one after it. All that starts with d is spent."""
         dA.mul_(self._seen())
         return dreads.baddbmm_(dA, self.k), dwrites.baddbmm_(dA.mT, self.rows), None
 
@@ -126,12 +126,12 @@ class Gated(Plain):
     def gradients(self, A, dA, dreads, dwrites, S, dS):
         drows, dk, db = self._pair_gradients(A, dA)
         # b_i gates what i reads from S, exp(b_c - b_i) what it writes, exp(b_c) S itself.
-        db.add_(self._apart(self._shared(dreads * self.reads)).sum(1))
-        writes = self._shared(dwrites * self.writes)
-        whole = self._shared((S * dS).sum(2)[:, None]) * self.whole.mT
-        db.sub_(writes)[:, -1:].add_(writes.sum(1, keepdim=True)).add_(whole)
         self._apart(drows).addcmul_(self._apart(dreads), self.start[:, None])
         dk.addcmul_(dwrites, self.end)
+        db.add_(self._apart(self._shared(dreads.mul_(self.reads))).sum(1))
+        writes = self._shared(dwrites.mul_(self.writes))
+        whole = self._shared(dS.mul_(S).sum(2)[:, None]) * self.whole.mT
+        db.sub_(writes)[:, -1:].add_(writes.sum(1, keepdim=True)).add_(whole)
         return drows, dk, db.flip(1).cumsum(1).flip(1)
 
     def _apart(self, rows: Tensor) -> Tensor:

@@ -60,9 +60,15 @@ class Slab:
     where: Tensor | None = None
     dead: Tensor | None = None
 
-    def take(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def take(self, x: Tensor, dtype: torch.dtype, out: Tensor | None = None, times=1.0) -> Tensor:
         """``x [B,T,H(,D)]`` as ``[X,c,D]`` (D = 1 where x has none), zero past the ends; it may
-        share the memory of x."""
+        share the memory of x. Or ``x * times`` in ``out``."""
+        if out is not None:
+            if self.tokens is None or x.dtype != dtype:
+                return torch.mul(self.take(x, dtype), times, out=out)
+            x = self._chunks(x)
+            torch.mul(x, times, out=out.view(x.shape))
+            return out
         x = x if x.dim() == 4 else x[..., None]
         if self.tokens is not None:
             rows = self._chunks(x).to(dtype).reshape(-1, self.chunk, x.shape[3])
@@ -72,12 +78,20 @@ class Slab:
         rows = x.flatten(0, 2).index_select(0, self.where).to(dtype)
         return rows.view(-1, self.chunk, x.shape[3]).masked_fill_(self.dead, 0)
 
-    def put(self, x: Tensor, y: Tensor) -> None:
-        """Write ``y [X,c,D]`` to its places in ``x [B,T,H(,D)]``."""
+    def put(self, x: Tensor, y: Tensor, times: Tensor | float | None = None) -> None:
+        """Write ``y [X,c,D]``, ``times`` a number or ``[X,c,1]``, to its places in
+        ``x [B,T,H(,D)]``."""
         x = x if x.dim() == 4 else x[..., None]
+        if times is not None and (self.tokens is None or x.dtype != y.dtype):
+            y, times = y * times, None
         if self.tokens is not None:
             to = self._chunks(x)
-            to.copy_(y.reshape(to.shape))
+            if times is None:
+                to.copy_(y.reshape(to.shape))
+            else:
+                if isinstance(times, Tensor):
+                    times = times.reshape(*to.shape[:4], 1)
+                torch.mul(y.reshape(to.shape), times, out=to)
         elif self.where is not None and self.dead is not None:
             live = ~self.dead.flatten()
             rows = y.reshape(-1, x.shape[3])[live]

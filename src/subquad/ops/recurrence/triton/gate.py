@@ -23,6 +23,10 @@ def _machine() -> str:
     return ""
 
 
+# While compiling, the answer is taken as it is (see backend.py).
+_machine.__wrapped__._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def verify(request: Request) -> tuple[bool, str]:
     sizes, traits = request.sizes, request.traits
     if request.device != "cuda" and not (request.device == "cpu" and interpreted()):
