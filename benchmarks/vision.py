@@ -66,7 +66,7 @@ def accuracies(device: str, path: str | None, steps: int) -> Cells:
 
 def accuracy(entry: str, side: int, task: Any, device: str, steps: int) -> Row:
     config = TrainConfig(steps=steps, batch=60, lr=2e-3, warmup=20, eval_batches=6)
-    model = build(entry, side, device, dims=[64], heads=[4], depths=[3])
+    model = build(entry, side, device, dims=[64], heads=[4], depths=[3], init_std=0.08)
     start = time.perf_counter()
     found = train(model, task, config, progress=lambda _: None)
     return {
