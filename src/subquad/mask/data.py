@@ -72,7 +72,8 @@ class Packed(Mask):
         return Packed(self.part.plane(b, h), self.bounds)
 
     def _check(self, T, S, offset):
-        if (T, S, offset) != (self.bounds[-1], self.bounds[-1], 0):
+        # Queries may be a run of them: those that a device of several has.
+        if self.bounds[-1] != S or not 0 <= offset <= S - T:
             raise ValueError(
                 f"packed sequences end at {self.bounds[-1]}, got T={T}, S={S}, offset={offset}"
             )

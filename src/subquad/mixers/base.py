@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subquad import catalogue
 from subquad.ops import checks
+from subquad.parallel.mesh import Split, current
 from subquad.state import State
 
 
@@ -25,6 +26,9 @@ class Context:
         seen: int64 ``[B]`` (``[N]`` when packed), real tokens before this input.
         given: the ``positions`` that the caller passed, or None.
         grid: the axes of an image or a volume whose flattened tokens are the sequence, or None.
+        tokens: T.
+        here: where the sequences are split over several devices, which of them this is: the tokens
+            are then its own, all the rest is said of the whole sequences. None otherwise.
     """
 
     state: State | None
@@ -34,6 +38,7 @@ class Context:
     given: Tensor | None
     grid: tuple[int, ...] | None
     tokens: int
+    here: Split | None = None
 
     def past(self, name: str) -> Tensor | None:
         """The tensor ``name`` of the past, None at the start."""
@@ -51,6 +56,8 @@ class Context:
         if self.given is not None:
             return self.given
         steps = torch.arange(self.tokens, device=self.seen.device)
+        if self.here is not None:
+            steps = steps + self.here.rank * self.tokens
         if self.cu_seqlens is not None:
             which = torch.searchsorted(self.cu_seqlens[1:].contiguous(), steps, right=True)
             return (steps - self.cu_seqlens[which] + self.seen[which])[None]
@@ -63,7 +70,7 @@ class Context:
         if self.cu_seqlens is not None:
             return self.seen + self.cu_seqlens.diff()
         if self.padding is None:
-            return self.seen + self.tokens
+            return self.seen + self.tokens * (1 if self.here is None else self.here.size)
         return self.seen + (~self.padding).sum(1)
 
 
@@ -117,8 +124,15 @@ class Mixer(nn.Module):
         """
         context = self._context(x, state, padding, cu_seqlens, positions, grid)
         y, tensors = self.mix(x, context)
+        if context.here is not None and not context.here.states:
+            tensors = {}
         past = tuple(name for name in self.past if name in tensors)
         return y, State(tensors, context.seen_after, past)
+
+    @property
+    def splits(self) -> bool:
+        """Whether its sequences may lie on several devices (see :mod:`subquad.parallel`)."""
+        return False
 
     @classmethod
     def translate(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,7 +154,8 @@ class Mixer(nn.Module):
         if x.dim() != 3 or x.shape[2] != self.dim or x.shape[1] < 1:
             raise ValueError(f"x must be [B,T,C] with T >= 1, C={self.dim}, got {list(x.shape)}")
         B, T, _ = x.shape
-        checks.cu_seqlens(cu_seqlens, B=B, T=T)
+        here = self._split(state, padding)
+        checks.cu_seqlens(cu_seqlens, B=B, T=T if here is None else T * here.size)
         rows = B if cu_seqlens is None else cu_seqlens.numel() - 1
         if state is not None and state.seen.shape[0] != rows:
             raise ValueError(f"state must hold {rows} sequences as x does, got {len(state.seen)}")
@@ -160,7 +175,20 @@ class Mixer(nn.Module):
         if grid is not None and torch.Size(grid).numel() != T:
             raise ValueError(f"grid {tuple(grid)} must hold T={T} tokens")
         seen = x.new_zeros(rows, dtype=torch.int64) if state is None else state.seen
-        return Context(state, padding, cu_seqlens, seen, positions, grid, T)
+        return Context(state, padding, cu_seqlens, seen, positions, grid, T, here)
+
+    def _split(self, state: State | None, padding: Tensor | None) -> Split | None:
+        """The sequence mesh that is set, once it is known that it suits."""
+        here = current()
+        if here is None:
+            return None
+        if not self.splits:
+            raise ValueError(f"{type(self).__name__} splits no sequence over several devices")
+        if padding is not None:
+            raise ValueError("padding must be None where a sequence is split: pack the texts")
+        if state is not None and not state.tensors:
+            raise ValueError("state is empty: it was left behind under sequence(states=False)")
+        return here
 
 
 def create_mixer(name: str, **options: Any) -> Mixer:

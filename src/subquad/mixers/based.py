@@ -94,6 +94,10 @@ class BaseConv(Mixer):
         u, last = self.conv(context.zero_padding(u), context.past("conv"), context.cu_seqlens)
         return self.o_proj(u * gate), {"conv": last}
 
+    @property
+    def splits(self) -> bool:
+        return True
+
     def state_bytes(self, T: int, dtype: torch.dtype = torch.float32) -> int:
         return (self.conv.size - 1) * self.conv.weight.shape[0] * dtype.itemsize
 

@@ -19,7 +19,8 @@ from subquad.mixers.parts.decay import LayerBound, LowerBounds, bounded_gate, wi
 from subquad.mixers.parts.norm import GatedRMSNorm
 from subquad.mixers.parts.recurrent import flops_of_weights
 from subquad.ops import checks
-from subquad.ops.scan import cost, scan
+from subquad.ops.scan import cost
+from subquad.parallel import scan
 
 VARIANTS = ("real", "complex")
 
@@ -85,6 +86,10 @@ class HGRN(Mixer):
         h, last = scan(u, turn, state=past, cu_seqlens=cu)
         y = self.norm(torch.cat([h.real, h.imag], -1).to(x.dtype)) * F.silu(z)
         return self.o_proj(y), {"h": torch.view_as_real(last)}
+
+    @property
+    def splits(self) -> bool:
+        return True
 
     def state_bytes(self, T: int, dtype: torch.dtype = torch.float32) -> int:
         return cost.state_bytes(D=self.dim) * (2 if self.complex else 1)

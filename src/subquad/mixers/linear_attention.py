@@ -19,7 +19,8 @@ from subquad.mixers.base import Context, Mixer
 from subquad.mixers.parts.feature_map import create_feature_map
 from subquad.mixers.parts.norm import GatedRMSNorm
 from subquad.ops import checks
-from subquad.ops.recurrence import cost, linear_attention, recurrence
+from subquad.ops.recurrence import cost
+from subquad.parallel import linear_attention, recurrence
 
 
 class LinearAttention(Mixer):
@@ -107,6 +108,10 @@ class LinearAttention(Mixer):
             state = {"S": S}
         o = o if self.norm is None else self.norm(o)
         return self.o_proj(o.flatten(-2)), state
+
+    @property
+    def splits(self) -> bool:
+        return True
 
     def state_bytes(self, T: int, dtype: torch.dtype = torch.float32) -> int:
         width = self.value_dim + 1 if self.normalize else self.value_dim

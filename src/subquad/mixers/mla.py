@@ -19,7 +19,7 @@ from subquad.mixers.base import Context, Mixer
 from subquad.mixers.parts.past import Span
 from subquad.mixers.parts.rotary import LAYOUTS, rope_frequencies, rotate
 from subquad.ops import checks
-from subquad.ops.attention import attention
+from subquad.parallel import attention
 
 FORMS = ("auto", "expanded", "absorbed")
 
@@ -99,6 +99,10 @@ class MLA(Mixer):
         attend = self._absorbed if self._absorbs(q.shape[1], latent.shape[1]) else self._expanded
         o = span.tokens(attend(q, latent, span))
         return self.o_proj(o.flatten(-2)), span.state()
+
+    @property
+    def splits(self) -> bool:
+        return True
 
     def _turn(self, x: Tensor, context: Context) -> Tensor:
         assert self.rope_theta is not None

@@ -45,7 +45,7 @@ class PowerAttention(Softmax):
         self.block, self.near = block, window
 
     def visible(self, span: Span) -> Mask:
-        return span.placed(pattern(span["k"].shape[1], self.block, self.near))
+        return span.placed(pattern(span.length, self.block, self.near))
 
     def pairs(self, T: int) -> int:
         return pattern(T, self.block, self.near).area(T, T)

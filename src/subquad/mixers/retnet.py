@@ -105,6 +105,10 @@ class RetNet(RecurrentMixer):
             y = F.silu(g) * F.rms_norm(o, o.shape[-1:], None, self.norm_eps)
         return self.o_proj(y.flatten(-2)), state
 
+    @property
+    def splits(self) -> bool:
+        return self.score_norm != "rows"  # which looks at all pairs
+
     def _turn(self, x: Tensor, context: Context) -> Tensor:
         K, wide = self.key_dim, x.dtype == torch.float64
         if self.variant == "library":

@@ -20,8 +20,8 @@ from subquad.mixers.base import Context, Mixer
 from subquad.mixers.parts.past import Span
 from subquad.mixers.parts.rotary import LAYOUTS, rope_frequencies, rotate
 from subquad.ops import checks
-from subquad.ops.attention import attention
 from subquad.ops.attention import reference as definition
+from subquad.parallel import attention
 
 
 class Softmax(Mixer):
@@ -141,6 +141,11 @@ class Softmax(Mixer):
         """Refuse what :meth:`weights` is not defined for."""
         if context.state is not None or context.cu_seqlens is not None:
             raise ValueError("weights are those of whole texts: got a state or packed sequences")
+
+    @property
+    def splits(self) -> bool:
+        own = type(self)  # the keys that others choose may be anywhere
+        return own.mix is Softmax.mix and own.heads_out is Softmax.heads_out
 
     def visible(self, span: Span) -> Mask:
         """Who sees whom among the tokens of ``span``."""

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.ops import checks
+from subquad.parallel.mesh import current
+from subquad.parallel.tokens import Before
 
 
 class ShortConv(nn.Module):
@@ -43,8 +45,21 @@ class ShortConv(nn.Module):
 
         Returns:
             ``y [B,T,D]`` and the last ``size - 1`` inputs of each sequence, ``[N,size-1,D]``, in
-            memory of their own.
+            memory of their own. Where the sequences are split over several devices, ``x`` are this
+            one's tokens and the rest is said of the whole sequences.
         """
+        here = current()
+        if here is None:
+            return self._alone(x, past, cu_seqlens)
+        if self.size == 1:
+            rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+            return self._convolve(x), x.new_zeros(rows, 0, x.shape[2])
+        before = Before(x, past, cu_seqlens, self.size - 1, here)
+        return before.finish(*self._alone(x, before.past, before.cu_seqlens))
+
+    def _alone(
+        self, x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         if cu_seqlens is not None:
             return self._packed(x, past, cu_seqlens)
         if past is None:

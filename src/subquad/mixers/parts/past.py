@@ -15,6 +15,7 @@ from torch import Tensor
 from subquad import mask as masks
 from subquad.mask import Mask
 from subquad.mixers.base import Context
+from subquad.parallel.tokens import join
 
 PAD = "pad"  # bool [N,S] among a state's tensors, True where a row holds no token (on its left)
 SLACK = 64  # tokens of room that a buffer has at least when it is made
@@ -28,7 +29,8 @@ class Span:
         o = span.tokens(attention(span.rows(q), ..., span.mask(), cu_seqlens=span.cu_seqlens))
 
     Packed sequences without a past stay packed; with one they become rows of a common length,
-    padded on the left. ``pad`` is None where no row is padded.
+    padded on the left. ``pad`` is None where no row is padded. Of split sequences the tensors are
+    this device's own, but with a past: then they are whole, the same on every device.
 
     Args:
         context: of the mixer's input.
@@ -55,6 +57,13 @@ class Span:
         self.pad: Tensor | None = None
         self._packing: _Packing | None = None
         past = None if context.state is None else context.state.tensors
+        here, self._joined = context.here, False
+        if here is not None and past is not None:
+            if context.cu_seqlens is not None:
+                raise ValueError("cu_seqlens must be None where a split sequence has a past")
+            new = {name: join(t, mesh=here) for name, t in new.items()}
+            self._joined = True
+        self._tokens = context.tokens * (1 if here is None else here.size)
         if past is None and rows and context.cu_seqlens is not None:
             self._packing = packing = _Packing(context.cu_seqlens)
             self.tensors = {name: packing.rows(t) for name, t in new.items()}
@@ -67,7 +76,7 @@ class Span:
         else:
             self.tensors = {name: append(past[name], t) for name, t in new.items()}
             if pad in past:
-                fresh = context.seen.new_zeros(len(context.seen), context.tokens, dtype=torch.bool)
+                fresh = context.seen.new_zeros(len(context.seen), self._tokens, dtype=torch.bool)
                 self.pad = append(past[pad], fresh)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -81,9 +90,16 @@ class Span:
         """What ``rows`` did, undone: outputs ``[N,T',...]`` as ``[B,T,...]``."""
         return o if self._packing is None else self._packing.back(o)
 
+    @property
+    def length(self) -> int:
+        """S, of the whole sequences where they are split over several devices."""
+        held = next(iter(self.tensors.values())).shape[1]
+        here = self._context.here
+        return held if here is None or self._joined else held * here.size
+
     def mask(self) -> Mask:
         """Causal, within the window and the sinks, over the tokens that are there."""
-        S = next(iter(self.tensors.values())).shape[1]
+        S = self.length
         mask = masks.causal()
         if self.window is not None and self.window < S:
             mask = masks.window(self.window - 1)
@@ -102,11 +118,11 @@ class Span:
     def starts(self) -> Tensor | None:
         """int ``[N]``, where each row's token 0 stands (it may be forgotten: then it is negative),
         or ``[1]`` where all rows agree; None where it is 0, as in packed sequences."""
-        S = next(iter(self.tensors.values())).shape[1]
+        S = self.length
         if self.cu_seqlens is not None:
             return None
         if self.pad is None:
-            past = S - self._context.tokens
+            past = S - self._tokens
             if self.window is None or past < self.window + self.sinks:
                 return None
             return S - self._context.seen_after[:1]
@@ -122,7 +138,14 @@ class Span:
         return ~masks.documents(torch.where(first, place + 1, 0))
 
     def state(self) -> Mapping[str, Tensor]:
-        """The tensors of the state after this call."""
+        """The tensors of the state after this call, of the whole sequences where they are split."""
+        here = self._context.here
+        if here is not None:
+            if not here.states:
+                return {}
+            if not self._joined:
+                self.tensors = {name: join(t, mesh=here) for name, t in self.tensors.items()}
+                self._joined = True
         if self.cu_seqlens is not None:
             return _Later([*self.tensors, self._pad], self._unpacked)
         tensors = self.tensors if self.pad is None else {**self.tensors, self._pad: self.pad}

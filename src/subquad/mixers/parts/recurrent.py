@@ -12,7 +12,8 @@ from subquad.mixers.base import Context, Mixer
 from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.mixers.parts.conv import ShortConv
 from subquad.ops import checks
-from subquad.ops.recurrence import cost, recurrence
+from subquad.ops.recurrence import cost
+from subquad.parallel import recurrence
 
 
 class RecurrentMixer(Mixer):
@@ -38,6 +39,10 @@ class RecurrentMixer(Mixer):
         for name, size in sizes.items():
             checks.positive(name, size)
         self.state_heads, self.key_dim, self.value_dim = heads, key_dim, value_dim
+
+    @property
+    def splits(self) -> bool:
+        return True
 
     def convolve(self, name: str, x: Tensor, context: Context, state: dict[str, Tensor]) -> Tensor:
         """``x [B,T,D]`` through the convolution ``name``, whose last inputs enter ``state``."""

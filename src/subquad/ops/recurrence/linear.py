@@ -15,6 +15,8 @@ Legend: B batch, T tokens, H heads, K key dim, V value dim, N sequences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,6 +38,8 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     form: str = "auto",
     backend: str | None = None,
+    recurrence: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Normalised linear attention over q and k that a feature map has already been applied to.
 
@@ -52,6 +56,8 @@ def linear_attention(
         cu_seqlens: int32 ``[N+1]``, the boundaries of packed sequences (B must be 1).
         form: as in :func:`~subquad.ops.recurrence.recurrence`; of the causal case.
         backend: run this implementation of the recurrence; None lets the verifiers choose.
+        recurrence: runs in place of the operation, over tokens that lie on several devices (T are
+            then those of this one, ``cu_seqlens`` speaks of all); total: sums their states.
 
     Returns:
         ``o [B,T,H,V]`` in the dtype of v, and the state ``(S, z)`` after the last token, float32
@@ -60,14 +66,18 @@ def linear_attention(
     Raises:
         ValueError: for shapes, head counts, dtypes or boundaries that do not fit.
     """
-    from subquad.ops.recurrence import recurrence
+    if recurrence is None:
+        from subquad.ops.recurrence import recurrence
+    elif not causal and cu_seqlens is not None:
+        raise ValueError("cu_seqlens must be None where a text is split and causal is False")
 
     checks.shapes({"q": (q, "B T Hq K"), "k": (k, "B T Hk K"), "v": (v, "B T Hv V")})
     checks.same_dtype({"q": q, "k": k, "v": v})
     B, T, _, K = q.shape
     V = v.shape[3]
     H = checks.heads({"q": q.shape[2], "k": k.shape[2], "v": v.shape[2]})
-    checks.cu_seqlens(cu_seqlens, B=B, T=T)
+    if total is None:
+        checks.cu_seqlens(cu_seqlens, B=B, T=T)
     joined = None
     if state is not None:
         N = B if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -88,17 +98,18 @@ def linear_attention(
         )
     else:
         with without_autocast(q.device.type):
-            both, last = _bidirectional(q, k, one, scale, joined, cu_seqlens)
+            both, last = _bidirectional(q, k, one, scale, joined, cu_seqlens, total)
     o = (both[..., :V] / (both[..., V:] + eps)).to(v.dtype)
     return o, (last[..., :V], last[..., V])
 
 
-def _bidirectional(q, k, v, scale, state, cu_seqlens) -> tuple[Tensor, Tensor]:
+def _bidirectional(q, k, v, scale, state, cu_seqlens, total) -> tuple[Tensor, Tensor]:
     """Every token reads the sum over its whole sequence."""
     wide = torch.promote_types(v.dtype, torch.float32)
     q, k, v, _, _ = expand_heads(q.to(wide), k.to(wide), v.to(wide), None, None)
     if cu_seqlens is None:
         S = torch.einsum("bthk,bthv->bhkv", k, v)
+        S = S if total is None else total(S)
         S = S if state is None else S + state.to(wide)
         return scale * torch.einsum("bthk,bhkv->bthv", q, S), S
     lengths = cu_seqlens.diff().tolist()
