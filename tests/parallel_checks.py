@@ -126,12 +126,12 @@ def counted():
 # --- lasp2 --------------------------------------------------------------------------------------
 
 
-def recurrent(T, *, decay=None, delta=False, state=True, N=B, rows=B, kv=H):
+def recurrent(T, *, decay=None, delta=False, state=True, N=B, rows=B, kv=H, vs=H):
     k = drawn(rows, T, kv, K)
     inputs = {
         "q": drawn(rows, T, H, K),
         "k": torch.nn.functional.normalize(k, dim=-1) if delta else k,
-        "v": drawn(rows, T, H, V),
+        "v": drawn(rows, T, vs, V),
         "decay": None,
         "beta": drawn(rows, T, H).sigmoid() if delta else None,
         "state": drawn(N, H, K, V) if state else None,
@@ -150,7 +150,12 @@ def lasp2_every_decay_and_the_delta_rule(groups):
             for delta in (False, True):
                 for state in (False, True):
                     inputs, shared = recurrent(
-                        6 * here.size, decay=decay, delta=delta, state=state, kv=2
+                        6 * here.size,
+                        decay=decay,
+                        delta=delta,
+                        state=state,
+                        kv=2,
+                        vs=2 if decay is None else H,
                     )
                     same(here, inputs, recurrence, partial(lasp2, mesh=here), shared=shared)
 
@@ -160,10 +165,10 @@ CUTS = ([0, 24], [0, 3, 3, 14, 24], [0, 12, 13, 24, 24], [0, 0, 6, 18, 24], [0, 
 
 @check
 def lasp2_packed(groups):
-    for here in within(groups):
-        for cut in CUTS:
+    for here in within(groups, (4, 3)):
+        for i, cut in enumerate(CUTS):
             for decay, delta in ((None, False), ("head", True), ("channel", False), (None, True)):
-                for state in (False, True):
+                for state in (i % 2 == 0,):
                     inputs, shared = recurrent(
                         24, decay=decay, delta=delta, rows=1, N=len(cut) - 1, state=state
                     )
@@ -222,7 +227,7 @@ def lasp2_normalised(groups):
 
 @check
 def lasp2_scans(groups):
-    for here in within(groups):
+    for here in within(groups, (4, 3)):
         for cut in (None, *CUTS):
             for turns in (False, True):
                 rows, cu = (2, None) if cut is None else (1, torch.tensor(cut, dtype=torch.int32))
@@ -317,7 +322,7 @@ def ring_lse_has_gradients(groups):
 def consecutive_tokens(groups):
     """What mixers call: ring (dealt out anew), gather and ulysses; any mask; packed."""
     window = masks.causal() & (masks.window(5) | masks.sinks(2))
-    for here in within(groups, (4, 2, 3)):
+    for here in within(groups, (4, 3)):
         for run in (ring, gathered, ulysses):
             if run is ulysses and H % here.size:
                 continue
@@ -478,9 +483,8 @@ def arguments_that_do_not_fit(groups):
     says(ValueError, "one of ['ring'", parallel.sequence(here.group, attention="x").__enter__)
     with parallel.sequence(here.group) as set_:
         assert parallel.current() is set_
-        with pytest.raises(ZeroDivisionError), parallel.sequence(None):
+        with parallel.sequence(None):
             assert parallel.current() is None
-            _ = 1 / 0
         assert parallel.current() is set_
         mixer = subquad.create_mixer("longlora", dim=8, heads=2)
         says(ValueError, "LongLoRA splits no sequence", lambda: mixer(torch.randn(1, 4, 8)))
@@ -491,8 +495,6 @@ def arguments_that_do_not_fit(groups):
 
 # --- mixers and models --------------------------------------------------------------------------
 
-SPLITTING = [row for row in ROWS if row.grid is None and row.build().splits]
-
 
 @check
 def every_mixer_that_splits(groups):
@@ -500,8 +502,12 @@ def every_mixer_that_splits(groups):
     here = next(within(groups, (2,)), None)
     if here is None:
         return
-    for row in SPLITTING:
+    for row in ROWS:
+        if row.grid is not None:
+            continue
         mixer, T = row.build(), 16
+        if not mixer.splits:
+            continue
         C = row.options["dim"]
         torch.manual_seed(1)
         before, x, weight = drawn(1, 3, C), drawn(1, T, C), drawn(1, T, C)

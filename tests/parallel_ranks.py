@@ -3,6 +3,7 @@
 python parallel_ranks.py FOLDER      writes FOLDER/results.json: {check: error, or ""}
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ def names():
 def work(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(SIZE))
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(150, exit=True)
     store = dist.FileStore(str(folder / "store"), SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
     groups = {4: dist.group.WORLD}
@@ -45,10 +47,11 @@ def work(rank: int, folder: Path) -> None:
         try:
             fn(groups)
             results[name] = ""
-        except Exception:
+        except BaseException:
             results[name] = traceback.format_exc()
-            (folder / f"{name}.{rank}").write_text(results[name])
-        (folder / f"results.{rank}.json").write_text(json.dumps(results))
+            raise  # the others must not wait for this one
+        finally:
+            (folder / f"results.{rank}.json").write_text(json.dumps(results))
         dist.barrier()
     dist.destroy_process_group()
 

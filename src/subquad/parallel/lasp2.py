@@ -145,7 +145,7 @@ def lasp2(
     inputs = _Inputs(q, k, v, decay, beta, {"scale": scale, "form": form, "backend": backend})
     with without_autocast(q.device.type):
         if beta is None:
-            return _plain(inputs, state, cut, wide)
+            return _plain(inputs, state, cut, wide, H)
         return _delta(inputs, state, cut, wide, H)
 
 
@@ -185,18 +185,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, here: Spl
     return q.shape
 
 
-def _plain(x: _Inputs, state: Tensor | None, cut: Cut, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+def _plain(
+    x: _Inputs, state: Tensor | None, cut: Cut, wide: torch.dtype, H: int
+) -> tuple[Tensor, Tensor]:
     """Without the delta rule the map is one product, and the tokens are run once, from S_before."""
     before = None
     if state is not None and not cut.mine.whole:
         before = state if not cut.packed else state[cut.mine.last : cut.mine.last + 1]
     own = Affine(*checkpoint(written, x.k, x.v, x.decay, cut.tail, wide, use_reentrant=False))
+    if state is not None:  # without one, heads that share k and v share a state
+        own = Affine(*(None if t is None else _repeated(t, H) for t in (own.M, own.P)))
     if before is not None:
         own = Affine(own(before), own.P)
     gate = None
     if x.decay is not None and x.decay.dim() == 1:  # all ranks know it: it need not travel
-        own, gate = Affine(own.M), cut.C * x.decay.to(wide).expand(len(own.M), -1)
+        gate = cut.C * _repeated(x.decay.to(wide)[None], own.M.shape[1])
+        own = Affine(own.M)
     maps, head = _carried(own, cut, gate)
+    head = _repeated(head, H)
     o, last = x.run(cut.initial(state, head, head), cut.cu)
     return _finish(o, last, head, state, maps, cut)
 
@@ -204,8 +210,8 @@ def _plain(x: _Inputs, state: Tensor | None, cut: Cut, wide: torch.dtype) -> tup
 def written(
     k: Tensor, v: Tensor, decay: Tensor | None, start: int, wide: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """What the tokens from ``start`` on leave in the state, ``[B,H,K,V]``, and their whole log
-    gate, ``[B,H(,K)]``.
+    """What the tokens from ``start`` on leave in the state, ``[B,h,K,V]``, and their whole log
+    gate, ``[B,h(,K)]``, of the h heads that k, v and the gate have.
 
     A token's own gate multiplies what came before it; those after it multiply what it wrote.
     """
@@ -270,7 +276,12 @@ def _finish(
         return o, last[:0]
     if cut.packed:
         return o, cut.final(last, state)
-    return o, fold(maps, cut, cut.here.size)
+    return o, _repeated(fold(maps, cut, cut.here.size), last.shape[1])
+
+
+def _repeated(t: Tensor, heads: int) -> Tensor:
+    """``t [b,h,...]`` with so many heads; consecutive ones share."""
+    return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)
 
 
 def lasp2_scan(

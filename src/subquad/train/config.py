@@ -7,10 +7,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from subquad.ops import checks
+from subquad.parallel.mesh import ATTENTION, RECURRENCE
 
 DTYPES = ("auto", "float32", "bfloat16")
 # What may differ when a run is gone on with: it changes no weight.
-_CADENCE = ("eval_every", "eval_batches", "save_every", "micro_batch")
+_CADENCE = (
+    "eval_every",
+    "eval_batches",
+    "save_every",
+    "micro_batch",
+    "sequence",
+    "sequence_attention",
+    "sequence_recurrence",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +43,10 @@ class TrainConfig:
         seed: of the batches and of dropout, not of the initial weights.
         dtype: what the model computes in, "float32" or "bfloat16" (autocast; weights and
             optimizer stay float32); "auto" is bfloat16 on GPUs.
+        sequence: processes that share a sequence, each with a run of its tokens (see
+            :mod:`subquad.parallel`); the number of all processes is a multiple of it.
+        sequence_attention: how they do in softmax layers, "ring", "ulysses" or "gather".
+        sequence_recurrence: how they do in linear ones, "lasp2" or "ulysses".
     """
 
     steps: int = 1000
@@ -50,15 +63,20 @@ class TrainConfig:
     save_every: int = 200
     seed: int = 0
     dtype: str = "auto"
+    sequence: int = 1
+    sequence_attention: str = "ring"
+    sequence_recurrence: str = "lasp2"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "eval_batches"):
+        for name in ("steps", "batch", "eval_batches", "sequence"):
             checks.positive(name, getattr(self, name))
         for name in ("warmup", "eval_every", "save_every", "seed"):
             checks.positive(name, getattr(self, name), zero=True)
         if self.micro_batch is not None:
             checks.positive("micro_batch", self.micro_batch)
         checks.one_of("dtype", self.dtype, DTYPES)
+        checks.one_of("sequence_attention", self.sequence_attention, ATTENTION)
+        checks.one_of("sequence_recurrence", self.sequence_recurrence, RECURRENCE)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive and finite, got {self.lr!r}")
         if not 0 <= self.min_lr_ratio <= 1:

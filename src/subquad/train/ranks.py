@@ -5,27 +5,56 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from subquad import parallel
 from subquad.tasks.base import Batch
+from subquad.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run, and the device that it trains on."""
+    """This process among those of the run, and the device that it trains on.
+
+    Attributes:
+        mesh: ``("data", "sequence")`` where processes share sequences; None where they do not.
+    """
 
     rank: int
     size: int
     device: torch.device
+    mesh: Any = None
 
     @classmethod
-    def join(cls, model: nn.Module) -> Ranks:
+    def join(cls, model: nn.Module, sequence: int = 1) -> Ranks:
         """The process group, started where ``torchrun`` asks for one (NCCL on GPUs, else gloo);
-        without one, this process alone on the device that the model is on."""
+        without one, this process alone on the device that the model is on.
+
+        Args:
+            sequence: processes that share a sequence.
+
+        Raises:
+            ValueError: if it does not divide the processes.
+        """
+        ranks = cls._join(model)
+        if ranks.size % sequence:
+            raise ValueError(f"sequence must divide the {ranks.size} processes, got {sequence}")
+        if sequence == 1:
+            return ranks
+        from torch.distributed.device_mesh import init_device_mesh
+
+        shape = (ranks.size // sequence, sequence)
+        mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("data", "sequence"))
+        return replace(ranks, mesh=mesh)
+
+    @classmethod
+    def _join(cls, model: nn.Module) -> Ranks:
         if not dist.is_initialized():
             if int(os.environ.get("WORLD_SIZE", "1")) == 1:
                 return cls(0, 1, next(model.parameters()).device)
@@ -61,15 +90,29 @@ class Ranks:
         Raises:
             ValueError: if the ranks do not divide them.
         """
-        if rows % self.size:
-            raise ValueError(f"batch must be a multiple of the {self.size} processes, got {rows}")
-        each = rows // self.size
-        return slice(self.rank * each, (self.rank + 1) * each)
+        sharing = 1 if self.mesh is None else self.mesh["sequence"].size()
+        takers = self.size // sharing
+        if rows % takers:
+            each = "processes" if sharing == 1 else f"groups of {sharing} processes"
+            raise ValueError(f"batch must be a multiple of the {takers} {each}, got {rows}")
+        each_rows, mine = rows // takers, self.rank // sharing
+        return slice(mine * each_rows, (mine + 1) * each_rows)
 
     def rows(self, batch: Batch) -> Batch:
         """This rank's part of a batch."""
         share = self.share(len(batch.inputs))
         return batch.rows(share.start, share.stop)
+
+    def sequence(self, config: TrainConfig) -> AbstractContextManager[Any]:
+        """A block in which the model's sequences are split over the processes that share them."""
+        if self.mesh is None:
+            return nullcontext()
+        return parallel.sequence(
+            self.mesh["sequence"],
+            attention=config.sequence_attention,
+            recurrence=config.sequence_recurrence,
+            states=False,
+        )
 
     def sum(self, t: Tensor) -> Tensor:
         """The sum of the ranks' tensors, in place."""
