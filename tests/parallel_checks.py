@@ -16,8 +16,8 @@ import torch.distributed as dist
 import subquad
 from parallel_ranks import check
 from rows import ROWS
+from subquad import checkpoint, parallel
 from subquad import mask as masks
-from subquad import parallel
 from subquad.ops.attention import attention
 from subquad.ops.recurrence import linear_attention, recurrence
 from subquad.ops.scan import scan
@@ -26,6 +26,7 @@ from subquad.parallel.lasp2 import gathered, lasp2, lasp2_scan
 from subquad.parallel.mesh import place
 from subquad.parallel.ring_attention import layout_index, ring, ring_attention
 from subquad.parallel.ulysses import gather_heads, scatter_heads, ulysses, ulysses_recurrence
+from subquad.train.ranks import Ranks
 
 B, H, K, V = 2, 4, 3, 5
 
@@ -542,3 +543,81 @@ def every_mixer_that_splits(groups):
                 assert set(mine_end.tensors) == set(end.tensors)
                 for name in end.tensors:
                     close(mine_end[name], end[name], f"{where} state {name}")
+
+
+def language_model(**options):
+    from subquad.models.causal_lm import CausalLM, CausalLMConfig
+
+    torch.manual_seed(0)
+    config = CausalLMConfig(
+        vocab_size=18, dim=16, depth=3, layers="gated_deltanet softmax gla", max_positions=64,
+        mixers={key: {"heads": 2} for key in ("gated_deltanet", "softmax", "gla")}, **options,
+    )  # fmt: skip
+    return CausalLM(config).double()
+
+
+@check
+def a_language_model(groups):
+    """Loss and gradients from labels, packed and not, every kind of attention, checkpointed layers;
+    a prompt read together, then decoded by each alone."""
+    here = next(within(groups, (2,)), None)
+    if here is None:
+        return
+    ids = torch.randint(0, 17, (1, 24))
+    for attention_, recurrence_, cu, again in (
+        ("ring", "lasp2", None, True),
+        ("gather", "lasp2", torch.tensor([0, 7, 12, 24], dtype=torch.int32), False),
+        ("ulysses", "ulysses", None, False),
+    ):
+        alone, split = language_model(), language_model()
+        if again:
+            split.gradient_checkpointing_enable()
+        want = alone.train()(ids, labels=ids, cu_seqlens=cu)
+        want.loss.backward()
+        kinds = {"attention": attention_, "recurrence": recurrence_, "states": False}
+        with parallel.sequence(here.group, **kinds):
+            mine = parallel.split(ids)
+            got = split.train()(mine, labels=mine, cu_seqlens=cu)
+            got.loss.backward()
+        close(got.logits, part(want.logits, here))
+        close(here.total(got.loss.detach()), want.loss.detach())
+        for (name, p), q in zip(split.named_parameters(), alone.parameters()):
+            dist.all_reduce(p.grad, group=here.group)
+            close(p.grad, q.grad, name)
+    model = language_model().eval()
+    with torch.no_grad():
+        want = model(ids, use_cache=True)
+        with parallel.sequence(here.group):
+            got = model(parallel.split(ids), use_cache=True)
+        assert got.past_key_values.tokens == 24
+        step = torch.tensor([[3]])
+        one = model(step, past_key_values=got.past_key_values).logits
+        close(one, model(step, past_key_values=want.past_key_values).logits)
+        with parallel.sequence(here.group, states=False):
+            left = model(parallel.split(ids), use_cache=True).past_key_values
+            says(ValueError, "state is empty", lambda: model(step, past_key_values=left))
+
+
+@check
+def training(groups):
+    """Two groups of two processes that share sequences, sharded by FSDP2, beside one process."""
+    from subquad.tasks import create_task
+    from subquad.train import TrainConfig, train
+
+    task = create_task("mqar", vocab_size=18, length=14, pairs=2)
+    sizes = {"steps": 2, "batch": 4, "eval_batches": 1, "save_every": 0, "clip": 0.5, "warmup": 1}
+    alone, lone = language_model(), Ranks(0, 1, torch.device("cpu"))
+    with mock.patch.object(Ranks, "join", return_value=lone):
+        whole = train(alone, task, TrainConfig(**sizes), progress=lambda event: None)
+    for sequence in (2, 4):  # the second does not divide the tokens
+        split = language_model()
+        options = TrainConfig(**sizes, sequence=sequence)
+        found = train(split, task, options, progress=lambda event: None)
+        for a, b in zip(found.history, whole.history, strict=True):
+            for name in ("loss", "grad_norm"):
+                assert a[name] == pytest.approx(b[name], rel=1e-5), (name, a, b)
+        assert found.evals[-1] == pytest.approx(whole.evals[-1], rel=1e-5)
+        for (name, p), q in zip(split.named_parameters(), alone.parameters()):
+            torch.testing.assert_close(
+                checkpoint.whole(p.data), q.data, rtol=1e-4, atol=1e-5, msg=name
+            )

@@ -22,13 +22,6 @@ def check(fn):
     return fn
 
 
-def names():
-    """The checks, without running them."""
-    import parallel_checks  # noqa: F401
-
-    return list(CHECKS)
-
-
 def work(rank: int, folder: Path) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(SIZE))
     torch.set_num_threads(1)
@@ -56,21 +49,49 @@ def work(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def main(folder: Path) -> int:
+def die(rank: int, folder: Path) -> None:
+    """Three ranks of which the second ends: in the middle of what others do with it."""
+    store = dist.FileStore(str(folder / "store"), 3)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
+    from subquad import mask
+    from subquad.parallel.lasp2 import lasp2
+    from subquad.parallel.ring_attention import ring_attention
+
+    q = torch.randn(1, 4, 2, 2, requires_grad=True)
+    mesh = dist.group.WORLD
+    o, _ = lasp2(q, q, q, mesh=mesh)
+    ring = ring_attention(q, q, q, mask.causal(), mesh=mesh)
+    if rank == 1:
+        os._exit(1)
+    said = {}
+    for name, call in {
+        "lasp2 (backward)": lambda: o.sum().backward(),
+        "ring_attention (backward)": lambda: ring.sum().backward(),
+        "lasp2": lambda: lasp2(q, q, q, mesh=mesh),
+    }.items():
+        try:
+            call()
+        except RuntimeError as error:
+            said[name] = str(error)
+    (folder / f"die.{rank}.json").write_text(json.dumps(said))
+    os._exit(0)
+
+
+def main(folder: Path, mode: str = "") -> int:
     import parallel_checks  # noqa: F401
 
     children = []
-    for rank in range(SIZE):
+    for rank in range(3 if mode else SIZE):
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                work(rank, folder)
+                (die if mode else work)(rank, folder)
                 code = 0
             except BaseException:
                 traceback.print_exc()
             finally:
-                sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(code)
         children.append(pid)
     return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
@@ -78,4 +99,4 @@ def main(folder: Path) -> int:
 
 if __name__ == "__main__":
     sys.modules["parallel_ranks"] = sys.modules["__main__"]
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

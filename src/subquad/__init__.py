@@ -42,6 +42,7 @@ _MODULES = (
     "mixers",
     "models",
     "ops",
+    "parallel",
     "policies",
     "tasks",
     "train",

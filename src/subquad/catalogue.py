@@ -44,6 +44,40 @@ class System:
 
 _CARDS = (
     System(
+        key="lasp2",
+        name="LASP-2 and LASP-2H",
+        paper="LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid",
+        arxiv="2502.07563",
+        family="distributed",
+        kind="parallel",
+        home="subquad.parallel.lasp2:lasp2",
+        trains=False,
+        evidence=("facts",),
+    ),
+    System(
+        key="ring_attention",
+        name="Ring Attention",
+        paper="Ring Attention with Blockwise Transformers for Near-Infinite Context",
+        arxiv="2310.01889",
+        family="distributed",
+        kind="parallel",
+        home="subquad.parallel.ring_attention:ring_attention",
+        trains=False,
+        evidence=("facts",),
+    ),
+    System(
+        key="ulysses",
+        name="DeepSpeed-Ulysses",
+        paper="DeepSpeed Ulysses: System Optimizations for Enabling Training of Extreme Long "
+        "Sequence Transformer Models",
+        arxiv="2309.14509",
+        family="distributed",
+        kind="parallel",
+        home="subquad.parallel.ulysses:ulysses",
+        trains=False,
+        evidence=("facts",),
+    ),
+    System(
         key="base_conv",
         name="BaseConv",
         paper="Simple linear attention language models balance the recall-throughput tradeoff",

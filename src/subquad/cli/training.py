@@ -69,11 +69,15 @@ def train(
     depth: Annotated[int, typer.Option(help="Layers of the model.")] = 4,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    sequence: Annotated[
+        int, typer.Option(help="Under torchrun: processes that share a sequence.")
+    ] = 1,
     out: Annotated[Path, typer.Option(help="Folder of checkpoints and model.")] = Path("runs/one"),
 ) -> None:
     """Train one model on one task; stopped at any time, the same command goes on.
 
-    The trained model goes to OUT/model, for AutoModelForCausalLM.
+    The trained model goes to OUT/model, for AutoModelForCausalLM. On several devices:
+    torchrun --nproc-per-node 4 -m subquad.cli train MODEL --sequence 2
     """
     from subquad import tasks
     from subquad import train as training
@@ -83,7 +87,7 @@ def train(
     name, options = spec.named(task)
     made = tasks.create_task(name, **options)
     lm = build(spec.model(model, vocab_size=made.vocab_size, dim=dim, depth=depth), seed, device)
-    config = training.TrainConfig(steps=steps, batch=batch, lr=lr, seed=seed)
+    config = training.TrainConfig(steps=steps, batch=batch, lr=lr, seed=seed, sequence=sequence)
     screen = console()
     with progress(screen) as display:
         display.start(f"{model} on {task}", steps)

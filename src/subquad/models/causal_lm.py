@@ -24,9 +24,10 @@ from subquad.mixers.parts.norm import GatedRMSNorm as RMSNorm
 from subquad.models.blocks import Block, lower_bounds, normed
 from subquad.models.checkpoint import Checkpoints
 from subquad.models.config import CausalLMConfig
-from subquad.models.loss import cross_entropy, shift_labels
+from subquad.models.loss import count_labels, cross_entropy, shift_labels
 from subquad.models.padding import left_padding, unstarted
 from subquad.ops import checks
+from subquad.parallel import current
 
 
 class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
@@ -92,6 +93,9 @@ class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
                 final norm.
             num_items_in_batch: divides the summed loss in place of the labels' own count.
 
+        Under :func:`subquad.parallel.sequence` the inputs and labels are this process's tokens,
+        ``cu_seqlens`` is of all, and the losses of the processes add up to the loss.
+
         Raises:
             ValueError: for inputs that do not fit.
         """
@@ -114,15 +118,18 @@ class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
         h = normed(self.norm, h)
         keep = keep and not right
         if keep:
-            cache.advance(states, T, pending=x if unstarted(padding) else None)
+            seen = T if (here := current()) is None else T * here.size
+            cache.advance(states, seen, pending=x if unstarted(padding) else None)
 
         h = h[:, -T:]
         last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, last])
         loss = None
         if labels is not None:
-            targets = shift_labels(labels, cu_seqlens)
-            loss = self._loss(h, logits, targets, num_items_in_batch)
+            targets, count = shift_labels(labels, cu_seqlens), num_items_in_batch
+            if count is None and current() is not None:
+                count = count_labels(targets)
+            loss = self._loss(h, logits, targets, count)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         return CausalLMOutputWithPast(
@@ -152,7 +159,7 @@ class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
             rows = x.shape[0] if cu is None else cu.numel() - 1
             seen = cache.states[0].seen if cache.states else x.new_zeros(rows, dtype=torch.int64)
             context = Context(
-                None, places["padding"], cu, seen, places["positions"], None, x.shape[1]
+                None, places["padding"], cu, seen, places["positions"], None, x.shape[1], current()
             )
             at = context.positions
             if checks.readable(at) and int(at.max()) >= self.config.max_positions:

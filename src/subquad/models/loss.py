@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from subquad import parallel
+
 IGNORED = -100
 # Logits that exist at once in float32: 64 MiB.
 CHUNK_ELEMENTS = 2**24
@@ -17,13 +19,27 @@ CHUNK_ELEMENTS = 2**24
 def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """``[B,T]`` labels moved one to the left, so that place t holds the token after t.
 
-    The last place of every sequence, packed ones included, is ignored.
+    The last place of every sequence, packed ones included, is ignored. Where the sequences are
+    split over several devices, the labels are this one's.
     """
-    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    here, T = parallel.current(), labels.shape[1]
+    if here is None:
+        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    else:
+        shifted = parallel.shift_left(labels, IGNORED, mesh=here)
     if cu_seqlens is None:
         return shifted
     ends = (cu_seqlens[1:] - 1).clamp_min(0).long()
+    if here is not None:
+        ends = ends - here.rank * T
+        ends = ends[(ends >= 0) & (ends < T)]
     return shifted.index_fill(1, ends, IGNORED)
+
+
+def count_labels(labels: Tensor) -> Tensor:
+    """How many labels count, over all devices that share the sequences; 1 at least."""
+    here, count = parallel.current(), (labels != IGNORED).sum()
+    return (count if here is None else here.total(count)).clamp_min(1)
 
 
 def cross_entropy(

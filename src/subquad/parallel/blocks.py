@@ -36,18 +36,18 @@ def forward(
 
 
 def backward(
-    do: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    k: Tensor,
-    v: Tensor,
+    rows: list[Any],
+    keys: Part,
     mask: Mask | None,
     scale: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's share of dq ``[B,T,H,K]``, and dk, dv of its keys."""
+    """The block's share of dq ``[B,T,H,K]``, and dk, dv of its keys.
+
+    Args:
+        rows: do, dlse (or None), q, o, lse of the queries; keys: k, v.
+    """
+    (do, dlse, q, o, lse), (k, v) = rows, keys
     if flash(q, v, mask, backend) and dlse is None:
         return _flash_backward(do, q, k, v, o, lse, mask is not None, scale)
     run = _module(q, k, v, mask, backend)

@@ -194,7 +194,7 @@ def _plain(
         before = state if not cut.packed else state[cut.mine.last : cut.mine.last + 1]
     own = Affine(*checkpoint(written, x.k, x.v, x.decay, cut.tail, wide, use_reentrant=False))
     if state is not None:  # without one, heads that share k and v share a state
-        own = Affine(*(None if t is None else _repeated(t, H) for t in (own.M, own.P)))
+        own = Affine(_repeated(own.M, H), None if own.P is None else _repeated(own.P, H))
     if before is not None:
         own = Affine(own(before), own.P)
     gate = None
@@ -380,16 +380,8 @@ def gathered(
     sizes = [k.shape[3], v.shape[3]]
     everyone = gather(torch.cat([k, v], -1), here, "gather")
     k, v = everyone.transpose(0, 1).reshape(B, -1, k.shape[2], sum(sizes)).split(sizes, -1)
-    return attention(
-        q,
-        k,
-        v,
-        mask,
-        scale=scale,
-        offset=here.rank * C,
-        return_lse=return_lse,
-        backend=backend,
-    )
+    options: dict[str, Any] = {"return_lse": return_lse, "backend": backend}
+    return attention(q, k, v, mask, scale=scale, offset=here.rank * C, **options)
 
 
 def check_attention(

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -222,14 +222,14 @@ class _Ring(torch.autograd.Function):
 
 def _backward(do, dlse, q, k, v, o, lse, here: Split, plan, scale, backend):
     dq, dk, dv = (torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v))
-    held, gone = [k, v], None
+    held, gone = [k, v], cast("Hop | None", None)
     for step, works in enumerate(plan):
         hop = Hop(held, here, "ring_attention (backward)") if step + 1 < here.size else None
         own = [torch.zeros_like(x, dtype=lse.dtype) for x in held] if step else [dk, dv]
         for work in works:
-            rows = (None if x is None else x[:, work.q] for x in (do, dlse, q, o, lse))
-            got = blocks.backward(*rows, held[0][:, work.k], held[1][:, work.k],
-                                  work.mask, scale, backend)  # fmt: skip
+            rows: Any = [None if x is None else x[:, work.q] for x in (do, dlse, q, o, lse)]
+            keys = held[0][:, work.k], held[1][:, work.k]
+            got = blocks.backward(rows, keys, work.mask, scale, backend)
             dq[:, work.q] += got[0]
             own[0][:, work.k] += got[1]
             own[1][:, work.k] += got[2]
@@ -237,6 +237,7 @@ def _backward(do, dlse, q, k, v, o, lse, here: Split, plan, scale, backend):
             own = [mine + theirs for mine, theirs in zip(own, gone.wait())]
         gone = Hop(own, here, "ring_attention (backward)")
         held = held if hop is None else hop.wait()
+    assert gone is not None
     dk, dv = gone.wait()
     return dq, dk, dv
 

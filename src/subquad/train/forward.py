@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad import parallel
 from subquad.tasks.base import EVAL_SEEDS, IGNORED, Batch, Task
 from subquad.train.config import TrainConfig
 from subquad.train.ranks import Ranks
@@ -26,7 +27,9 @@ def evaluate(
     for i in range(config.eval_batches):
         batch = ranks.rows(task.batch(config.batch, EVAL_SEEDS + i))
         for part in parts(batch, config.micro_batch):
-            scores.append(task.score(logits_of(model, part.inputs, ranks.device, config), part))
+            with ranks.sequence(config):
+                logits = whole_logits(model, part.inputs, ranks.device, config)
+            scores.append(task.score(logits, part))
     model.train(was_training)
     mean = task.combine(scores)
     if ranks.size > 1:
@@ -40,14 +43,29 @@ def summed_loss(
     model: nn.Module, batch: Batch, device: torch.device, config: TrainConfig
 ) -> Tensor:
     """Cross entropy in float32, summed over the labels."""
-    logits = logits_of(model, batch.inputs, device, config)
+    inputs, labels = batch.inputs, batch.labels
+    if parallel.current() is not None:
+        if labels.shape != inputs.shape:
+            raise ValueError(f"labels must be one a token to split them, got {list(labels.shape)}")
+        inputs, labels = parallel.split(inputs, fill=0), parallel.split(labels, fill=IGNORED)
+    logits = logits_of(model, inputs, device, config)
     logits = logits.flatten(0, -2)
-    labels = batch.labels.flatten()
+    labels = labels.flatten()
     # Found on the CPU, where the labels are: the GPU need not wait to count them.
     scored = (labels != IGNORED).nonzero()[:, 0]
     if len(scored) < len(labels):
         logits, labels = logits.index_select(0, scored.to(device)), labels[scored]
     return F.cross_entropy(logits.float(), labels.to(device), reduction="sum")
+
+
+def whole_logits(
+    model: nn.Module, inputs: Tensor, device: torch.device, config: TrainConfig
+) -> Tensor:
+    """The logits of the whole sequences, also where they are split: on every process."""
+    if parallel.current() is None:
+        return logits_of(model, inputs, device, config)
+    logits = logits_of(model, parallel.split(inputs, fill=0), device, config)
+    return parallel.join(logits)[:, : inputs.shape[1]]
 
 
 def logits_of(

@@ -74,7 +74,7 @@ def train(
         NonFiniteLoss: as soon as it is seen; the last good checkpoint stays.
         OSError: if a checkpoint cannot be written; the older ones stay.
     """
-    ranks = Ranks.join(model)
+    ranks = Ranks.join(model, config.sequence)
     ranks.share(config.batch)
     run = Run(model, task, config, ranks, None if out is None else Path(out))
     with ExitStack() as stack:

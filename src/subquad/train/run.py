@@ -74,9 +74,10 @@ class Run:
         self.model.train()
         total = torch.zeros((), device=ranks.device)
         for part in parts(ranks.rows(batch), config.micro_batch):
-            loss = summed_loss(self.model, part, ranks.device, config) / labels
-            # FSDP takes the mean of the ranks' gradients; the loss is a sum over the ranks.
-            (loss * ranks.size).backward()
+            with ranks.sequence(config):
+                loss = summed_loss(self.model, part, ranks.device, config) / labels
+                # FSDP takes the mean of the ranks' gradients; the loss is a sum over the ranks.
+                (loss * ranks.size).backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), config.clip or math.inf)
         for group in self.optimizer.param_groups:

@@ -66,9 +66,9 @@ def linear_attention(
     Raises:
         ValueError: for shapes, head counts, dtypes or boundaries that do not fit.
     """
-    if recurrence is None:
-        from subquad.ops.recurrence import recurrence
-    elif not causal and cu_seqlens is not None:
+    from subquad.ops import recurrence as own
+
+    if recurrence is not None and not causal and cu_seqlens is not None:
         raise ValueError("cu_seqlens must be None where a text is split and causal is False")
 
     checks.shapes({"q": (q, "B T Hq K"), "k": (k, "B T Hk K"), "v": (v, "B T Hv V")})
@@ -86,7 +86,7 @@ def linear_attention(
         joined = torch.cat([state[0], state[1].to(state[0].dtype)[..., None]], -1)
     one = F.pad(v, (0, 1), value=1.0)
     if causal:
-        both, last = recurrence(
+        both, last = (recurrence or own.recurrence)(
             q,
             k,
             one,
