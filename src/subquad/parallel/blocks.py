@@ -76,8 +76,8 @@ def _flash_backward(do, q, k, v, o, lse, causal: bool, scale: float):
         k, v = (x.repeat_interleave(r, 2) for x in (k, v))
     heads_first = [x.transpose(1, 2) for x in (do, q, k, v, o, lse)]
     heads_first[5] = heads_first[5].contiguous()
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    unused = torch.zeros((), dtype=torch.uint64, device=q.device)
+    seed = torch.empty(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty((), dtype=torch.uint64, device=q.device)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
         *heads_first, None, None, T, S, 0.0, causal, seed, unused, scale=scale
     )
