@@ -19,7 +19,6 @@ from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.mixers.parts.conv import ShortConv
 from subquad.mixers.parts.decay import exempt, widen
 from subquad.mixers.parts.norm import GatedRMSNorm, l2_norm
-from subquad.mixers.parts.recurrent import flops_of_weights
 from subquad.ops import checks
 from subquad.ops.memory import MemoryState, cost, memory
 
@@ -190,15 +189,15 @@ class NeuralMemory(nn.Module):
 
     def flops(self, T: int) -> int:
         """Projections, convolutions and the memory; norms and gates are left out."""
-        return flops_of_weights(self, T) + cost.flops(
-            B=1,
-            T=T,
-            H=self.heads,
-            d=self.head_dim,
-            size=self.size,
-            layers=len(self.memory) - self.residual,
-            chunk=self.chunk,
-        )
+        sizes: dict[str, Any] = {
+            "H": self.heads,
+            "d": self.head_dim,
+            "size": self.size,
+            "chunk": self.chunk,
+        }
+        kinds = ("_proj.weight", "_conv.weight")
+        weights = sum(p.numel() for name, p in self.named_parameters() if name.endswith(kinds))
+        return 2 * T * weights + cost.flops(B=1, T=T, **sizes)
 
 
 class LibraryMemory(NeuralMemory):

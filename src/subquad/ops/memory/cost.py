@@ -12,7 +12,7 @@ def net_size(*, d: int, depth: int, expand: int, gain: bool) -> int:
     return layers + (d if gain else 0)
 
 
-def flops(*, B: int, T: int, H: int, d: int, size: int, layers: int, chunk: int | None) -> int:
+def flops(*, B: int, T: int, H: int, d: int, size: int, chunk: int | None) -> int:
     """Multiply-adds (counted as 2) of the chunked forward pass.
 
     A token meets every weight six times (the loss's forward and backward, the read of W and of S,
