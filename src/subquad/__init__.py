@@ -26,6 +26,7 @@ _HOMES = {
     "System": "subquad.catalogue",
     "apply": "subquad.policies.hook",
     "backend": "subquad.ops.backend",
+    "convert": "subquad.recipes.run",
     "create_model": "subquad.models.presets",
     "create_mixer": "subquad.mixers.base",
     "create_task": "subquad.tasks",
@@ -44,6 +45,7 @@ _MODULES = (
     "ops",
     "parallel",
     "policies",
+    "recipes",
     "tasks",
     "train",
 )

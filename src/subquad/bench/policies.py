@@ -44,7 +44,8 @@ class Study:
 
     Attributes:
         model: a folder or name for AutoModelForCausalLM.
-        policies: as :func:`policy` reads them; the model without any is always measured too.
+        policies: as :func:`policy` reads them; the model without any is always measured too, with
+            None alone.
         tasks: "niah" (one fact of ``keys`` hidden in a text, asked at its end; accuracy) and "text"
             (perplexity of the last tokens, fed one by one).
         lengths: tokens of a prompt.
@@ -57,7 +58,7 @@ class Study:
     """
 
     model: str
-    policies: tuple[str, ...]
+    policies: tuple[str, ...] | None
     tasks: tuple[str, ...] = TASKS
     lengths: tuple[int, ...] = (1024, 4096)
     samples: int = 10
@@ -76,9 +77,9 @@ class Study:
         checks.one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         for T in self.lengths:
             checks.positive("lengths", T)
-        if not self.policies:
+        if self.policies is not None and not self.policies:
             raise ValueError("policies must name at least one, got none")
-        for text in self.policies:
+        for text in self.policies or ():
             policy(text)
 
 
@@ -111,7 +112,7 @@ def study(chosen: Study, out: Path, progress: Progress | None = None) -> Results
     """
     tell = progress or (lambda event: None)
     results = Results.load(out / "results.json")
-    results.order = [FULL, *chosen.policies]
+    results.order = [FULL, *(chosen.policies or ())]
     cells = [
         (entry, task, T) for T in chosen.lengths for task in chosen.tasks for entry in results.order
     ]
@@ -221,10 +222,8 @@ class Host:
     def _read_and_write(
         self, ids: Tensor, writer: Greedy | Forced, on: Applied | None, costs: Costs, counted: bool
     ) -> Any:
-        from transformers import DynamicCache
-
         device = self.model.device
-        cache = DynamicCache(config=self.model.config) if on is None else on.new_cache()
+        cache = new_cache(self.model) if on is None else on.new_cache()
         logits: list[Tensor] = []
 
         def read() -> None:
@@ -312,6 +311,16 @@ class Costs:
             "cache": max(self.cache),
             "attended": attended,
         }
+
+
+def new_cache(model: Any) -> Any:
+    """An empty cache of a model's own kind."""
+    from transformers import DynamicCache
+
+    from subquad.caches.states import StateCache
+    from subquad.models import CausalLM
+
+    return StateCache() if isinstance(model, CausalLM) else DynamicCache(config=model.config)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -1,1 +1,42 @@
 """Turning a pretrained model into another: one file per conversion."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from subquad.ops import checks
+
+if TYPE_CHECKING:
+    from subquad.recipes.base import Recipe
+
+# The only list of the recipes for ``convert``.
+RECIPES = {
+    "gated_deltanet": "subquad.recipes.hybrid:Hybrid",
+    "kimi_linear": "subquad.recipes.hybrid:HybridKimi",
+    "lolcats": "subquad.recipes.lolcats:LoLCATs",
+}
+
+
+def create_recipe(name: str, **changes: Any) -> Recipe:
+    """A recipe by its key, e.g. ``create_recipe("lolcats", options={"window": 32}, steps=200)``.
+
+    Args:
+        **changes: fields of the recipe (``options`` are added to its own), and ``steps``,
+            ``batch``, ``length`` or ``seed`` for every stage.
+
+    Raises:
+        ValueError: for an unknown recipe, with the nearest ones, or unknown changes.
+    """
+    checks.one_of("recipe", name, RECIPES)
+    module, _, attribute = RECIPES[name].partition(":")
+    recipe: Recipe = getattr(import_module(module), attribute)()
+    stages = {k: changes.pop(k) for k in ("steps", "batch", "length", "seed") if k in changes}
+    if "options" in changes:
+        changes["options"] = {**recipe.options, **changes["options"]}
+    try:
+        recipe = replace(recipe, **changes)
+    except TypeError as error:
+        raise ValueError(f"changes of recipe {name!r}: {error}") from None
+    return recipe.with_stages(**stages)
