@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
 
 import subquad
 from kit import close
@@ -56,7 +57,8 @@ def test_saved_and_loaded(tmp_path, options):
     model = create_vision_model("micro_pyramid", head_width=20, **options).eval()
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
-    again = VisionModel.from_pretrained(tmp_path).eval()
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert type(again) is VisionModel
     x = torch.randn(2, 1, 32, 32)
     if options:
         assert torch.equal(model(x)[0], again(x)[0])
@@ -183,3 +185,21 @@ def test_bad_images_are_refused():
 def test_public_name():
     assert subquad.create_vision_model is create_vision_model
     assert {"mala_tiny", "rala_tiny", "soft_tiny", "inline_tiny"} <= set(VISION_PRESETS)
+
+
+def test_compiled_and_checkpointed():
+    torch.manual_seed(0)
+    model = create_vision_model("micro", depths=[2])
+    x = torch.randn(2, 1, 16, 16)
+    want = torch.autograd.grad(
+        model(x).logits.square().sum(), model.stages[0].blocks[0].mlp.fc1.weight
+    )
+    model.gradient_checkpointing_enable()
+    model.train()
+    got = torch.autograd.grad(
+        model(x).logits.square().sum(), model.stages[0].blocks[0].mlp.fc1.weight
+    )
+    close(got[0], want[0], 1e-5)
+    model.gradient_checkpointing_disable()
+    whole = torch.compile(model.eval(), fullgraph=True, backend="eager")
+    close(whole(x).logits, model(x).logits, 1e-5)

@@ -26,6 +26,8 @@ _WATCHED = (
     "transformers.modeling_layers",
     "subquad.models.config",
     "subquad.models.causal_lm",
+    "subquad.models.vision.config",
+    "subquad.models.vision.model",
 )
 
 
@@ -103,14 +105,22 @@ def _register_config() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from subquad.models.config import CausalLMConfig
+    from subquad.models.vision.config import VisionConfig
 
     AutoConfig.register(CausalLMConfig.model_type, CausalLMConfig, exist_ok=True)
+    AutoConfig.register(VisionConfig.model_type, VisionConfig, exist_ok=True)
 
 
 def _register_model() -> None:
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+    )
 
     from subquad.models.causal_lm import CausalLM
     from subquad.models.config import CausalLMConfig
+    from subquad.models.vision.config import VisionConfig
+    from subquad.models.vision.model import VisionModel
 
     AutoModelForCausalLM.register(CausalLMConfig, CausalLM, exist_ok=True)
+    AutoModelForImageClassification.register(VisionConfig, VisionModel, exist_ok=True)
