@@ -14,6 +14,8 @@ L keys with features, F features, N packed sequences.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 # Not `import torch`: the submodule of that name takes its place in this package once it is loaded.
 from torch import Tensor, float32, is_grad_enabled
 from torch import dtype as DType
@@ -23,6 +25,7 @@ from subquad.ops.backend import Backend, Request, choose, without_autocast
 from subquad.ops.kernel_attention.bidirectional import bidirectional
 from subquad.ops.kernel_attention.landmarks import landmark_attention
 from subquad.ops.kernel_attention.near import How, Near
+from subquad.ops.recurrence.triton.gate import WIDEST, verify
 
 __all__ = [
     "BACKENDS",
@@ -40,7 +43,19 @@ def _always(request: Request) -> tuple[bool, str]:
     return True, "takes everything"
 
 
+def _kernels(request: Request) -> tuple[bool, str]:
+    ok, why = verify(replace(request, traits=frozenset()))
+    if not ok:
+        return ok, why
+    if request.sizes["F"] > WIDEST or request.sizes["V"] >= WIDEST:
+        return False, f"takes F up to {WIDEST} and V below, not F={request.sizes['F']}"
+    if "chosen" in request.traits:
+        return False, "sees no chosen tokens"
+    return True, "fused kernels of the near keys, the recurrence's for the rest"
+
+
 BACKENDS = (
+    Backend("triton", _kernels, "subquad.ops.kernel_attention.triton.op:mixed_attention"),
     Backend("torch", _always, "subquad.ops.kernel_attention.torch:mixed_attention"),
     Backend("reference", _always, "subquad.ops.kernel_attention.reference:mixed_attention"),
 )

@@ -10,6 +10,9 @@ L keys with features, F features, N blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,50 +31,79 @@ NEVER = 1 << 40  # the block from which a key that is not there is seen
 def mixed_attention(
     q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, how: How
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    return mix(q, k, v, phi_q, phi_k, how, _near)
+
+
+Part = Callable[..., tuple[Tensor, Tensor]]
+
+
+def mix(
+    q: Tensor, k: Tensor, v: Tensor, phi_q: Tensor, phi_k: Tensor, how: How, part: Part,
+    narrow: torch.dtype | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Mixed attention whose exact part, numerator and denominator, ``part`` gives.
+
+    The recurrence of the linear part runs in ``narrow``, or in float32 (float64) where None.
+    """
     T, S, near = q.shape[1], k.shape[1], how.near
     few = how.cu_seqlens is None and T <= FEW and near.reach + FEW >= S
     if few or S == 0:
         return reference.mixed_attention(q, k, v, phi_q, phi_k, how)
     dtype, out = torch.promote_types(v.dtype, torch.float32), v.dtype
-    q, k, phi_q, phi_k = (x.to(dtype) for x in (q, k, phi_q, phi_k))
-    ones = F.pad(v.to(dtype), (0, 1), value=1.0)  # the denominator is a value that is always one
+    phi_q, phi_k = (x.to(narrow or dtype) for x in (phi_q, phi_k))
     at = places(T, S, how, q.device)
     past = None
     if how.state is not None:
         past = torch.cat([how.state[0].to(dtype), how.state[1].to(dtype)[..., None]], -1)
     run = _terraced if near.terraced else _sliding
-    exact, far, last = run(q, k, ones, phi_q, phi_k, how, past, at)
+    (exact, share), far, last = run(q, k, v, phi_q, phi_k, how, past, at, part)
+    far = far.to(dtype)
     if how.weight is not None:
-        exact = exact * how.weight.to(dtype)[:, None]
-    total = exact[..., -1:] + far[..., -1:] + how.eps
+        weight = how.weight.to(dtype)[:, None]
+        exact, share = exact * weight, share * weight
+    total = share + far[..., -1:] + how.eps
     far = far[..., :-1] if how.gate is None else far[..., :-1] * how.gate.to(dtype)
-    o = (exact[..., :-1] + far) / torch.where(total == 0, 1.0, total)
+    o = (exact + far) / torch.where(total == 0, 1.0, total)
     return o.to(out), (last[..., :-1], last[..., -1])
 
 
 def near_window(q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
     """The exact part of a sliding window and its sum, ``[B,T,H,V+1]``, alone."""
+    at = places(q.shape[1], k.shape[1], how, q.device)
+    return torch.cat(_window(q, k, v, how, at, _near), -1)
+
+
+def _near(q: Tensor, k: Tensor, v: Tensor, band: Band, **given: Any) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(v.dtype, torch.float32)
-    ones = F.pad(v.to(dtype), (0, 1), value=1.0)
-    return _window(
-        q.to(dtype), k.to(dtype), ones, how, places(q.shape[1], k.shape[1], how, q.device)
-    )
+    extra = given.pop("extra", None)
+    if extra is not None:
+        extra = extra[0].to(dtype), _with_one(extra[1], dtype), extra[2]
+    sums = near_sums(q.to(dtype), k.to(dtype), _with_one(v, dtype), band, extra=extra, **given)
+    return sums[..., :-1], sums[..., -1:]
 
 
-def _window(q: Tensor, k: Tensor, v: Tensor, how: How, at: Places) -> Tensor:
+def _with_one(v: Tensor, dtype: torch.dtype) -> Tensor:
+    """The denominator is a value that is always one."""
+    return F.pad(v.to(dtype), (0, 1), value=1.0)
+
+
+def _window(
+    q: Tensor, k: Tensor, v: Tensor, how: How, at: Places, part: Part
+) -> tuple[Tensor, Tensor]:
     T, S, w = q.shape[1], k.shape[1], how.near.window
     block = min(max(w, BLOCK), 4 * BLOCK, max(16, T))
     band = Band(block, -(-(w - 1) // block), w)
     ids = at.ids[:, S - T :]
-    return near_sums(q, k, v, band, scale=how.scale, q_ids=ids, k_ids=at.key_ids)
+    return part(q, k, v, band, scale=how.scale, q_ids=ids, k_ids=at.key_ids)
 
 
-def _sliding(q, k, v, phi_q, phi_k, how: How, state, at: Places):
+def _sliding(q, k, v, phi_q, phi_k, how: How, state, at: Places, part: Part):
     """Keys w tokens late: the state that query i reads is that of token i - w."""
     from subquad.ops.recurrence import recurrence
 
     T, S, k_ids = q.shape[1], k.shape[1], at.key_ids
-    exact = _window(q, k, v, how, at)
+    near = _window(q, k, v, how, at, part)
+    v = _with_one(v, phi_q.dtype)
     first = S - T - how.near.window  # the key that query 0 is the first to see in the state
     old = max(first, 0)
     if old:
@@ -82,10 +114,10 @@ def _sliding(q, k, v, phi_q, phi_k, how: How, state, at: Places):
     late_ids = F.pad(k_ids[:, old:until], (hold, 0), value=-1)
     late_k = late_k.masked_fill((late_ids != at.ids[:, S - T :])[..., None, None], 0)
     far, last = recurrence(phi_q, late_k, late_v, scale=1.0, state=state, cu_seqlens=how.cu_seqlens)
-    return exact, far, last
+    return near, far, last
 
 
-def _terraced(q, k, v, phi_q, phi_k, how: How, state, at: Places):
+def _terraced(q, k, v, phi_q, phi_k, how: How, state, at: Places, part: Part):
     """On a grid of blocks: block n reads the state after block n - 2."""
     T, S, H, w = q.shape[1], k.shape[1], q.shape[2], how.near.window
     grid = Grid(S, w, how.starts, how.cu_seqlens, q.device)
@@ -101,14 +133,16 @@ def _terraced(q, k, v, phi_q, phi_k, how: How, state, at: Places):
     q, k, v, phi_q, phi_k = (grid.lay(x) for x in (q, k, v, phi_q, phi_k))
     if how.chosen is not None:
         band, extra = _extra(k, v, chosen, how)
-    exact = near_sums(q, k, v, band, scale=how.scale, q_ids=ids, k_ids=k_ids, extra=extra)
-    phi_k, v = phi_k.masked_fill(~linear[..., None], 0), repeat_heads(v, H)
+    near = part(q, k, v, band, scale=how.scale, q_ids=ids, k_ids=k_ids, extra=extra)
+    phi_q = phi_q.to(torch.promote_types(phi_q.dtype, torch.float32))
+    phi_k = phi_k.to(phi_q.dtype).masked_fill(~linear[..., None], 0)
+    v = repeat_heads(_with_one(v, phi_q.dtype), H)
     blocks = (x.unflatten(1, (-1, w)).transpose(2, 3) for x in (phi_q, phi_k, v))
     phi_q, phi_k, v = blocks  # [B,N,H,w,.]
     states, last = _prefix(phi_k.mT @ v, state, grid)
     far = (phi_q @ states).transpose(2, 3).flatten(1, 2)
-    exact, far = (grid.lift(x)[:, S - T :] for x in (exact, far))
-    return exact, far, last
+    exact, share, far = (grid.lift(x)[:, S - T :] for x in (*near, far))
+    return (exact, share), far, last
 
 
 def _extra(k: Tensor, v: Tensor, chosen: Tensor, how: How):
@@ -125,7 +159,7 @@ def _extra(k: Tensor, v: Tensor, chosen: Tensor, how: How):
     if how.kept is None:
         return Band(w, 1, 2 * w, per), (*picked, births)
     before, values, live = how.kept
-    values = F.pad(values.to(v.dtype), (0, 1), value=1.0)
+    values = values.to(v.dtype)
     old = torch.where(live, 0, NEVER)[..., None].expand(*live.shape, k.shape[2])
     picked = [torch.cat([a.to(b.dtype), b], 1) for a, b in zip((before, values), picked)]
     births = torch.cat([old, births], 1)
@@ -152,4 +186,6 @@ def _prefix(written: Tensor, state: Tensor | None, grid: Grid) -> tuple[Tensor, 
 def _written(phi_k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     """``sum_j phi_k_j v_j^T``, ``[B,H,F,V]``, of the keys that are there."""
     phi_k = phi_k.masked_fill((ids < 0)[..., None, None], 0)
-    return torch.einsum("bjhf,bjhv->bhfv", phi_k, repeat_heads(v, phi_k.shape[2]))
+    wide = torch.promote_types(v.dtype, torch.float32)
+    v = repeat_heads(v, phi_k.shape[2]).to(wide)
+    return torch.einsum("bjhf,bjhv->bhfv", phi_k.to(wide), v)

@@ -1,0 +1,1 @@
+"""Mixed attention's exact part as kernels; its linear part is the recurrence's."""
