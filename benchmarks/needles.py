@@ -3,7 +3,7 @@
     python benchmarks/needles.py MODEL --device cuda --workers 8      # the whole table
     python benchmarks/needles.py MODEL --lengths 1024 --samples 4     # the same code, smaller
 
-One fact of four is asked for, 40 prompts a cell by default, in shares of ten that several processes
+One fact of four is asked for, 40 prompts a cell by default, in shares that several processes
 measure side by side (times are therefore not reported here; see policies.py). A share that is done
 stays on disk, the same command goes on from there. Heads of `duo` are calibrated first.
 """
@@ -28,7 +28,7 @@ from subquad.bench.policies import FULL, Host, Study
 from subquad.bench.results import machine, write_json
 
 RESULTS = Path(__file__).parent / "results"
-SHARE = 10  # prompts measured at once
+SHARE = {8192: 10, 65536: 5}  # prompts measured at once up to a length; beyond, 3
 TRAINED = 8192
 # needle-16m asks "\nWhat is ...": the template cuts a prompt there. The paper looks at the last
 # layer, which in this model is not the one that finds facts.
@@ -60,13 +60,13 @@ ROWS = (
     Row(FULL, least=1.0),
     Row(FULL, BEYOND, most=0.10),
     Row("streaming_llm:sinks=4,window=2044", most=0.9),
-    Row("vertical_slash:vertical=300,slash=300", least=0.95, pairs=0.25),
+    Row("vertical_slash:vertical=512,slash=96,variant=frontier", least=0.95, pairs=0.25),
     Row("block_topk:topk=64", least=0.95, pairs=0.25),
-    Row("flexprefill:gamma=0.9", least=0.95, pairs=0.25),
-    Row("quest:budget=512,dense_layers=0", least=0.95, keys=0.10),
+    Row("flexprefill:gamma=0.85", least=0.95, pairs=0.25),
+    Row("quest:budget=800,dense_layers=0", least=0.95, keys=0.10),
     Row("hip:budget=768,dense_layers=0", least=0.95, pairs=0.25),
-    Row("snapkv:capacity=980", least=0.95, cache=0.12),
-    Row("ada_snapkv:capacity=980", least=0.95, cache=0.12),
+    Row("snapkv:capacity=850,variant=frontier,window=64", least=0.95, cache=0.12),
+    Row("ada_snapkv:capacity=850,variant=frontier,window=64", least=0.95, cache=0.12),
     Row("duo:sparsity=0.8125", least=0.95, cache=0.25),
     Row("longheads:chunk=64,length=4096", BEYOND, least=0.90),
     Row(WINDOWS, BEYOND[:1], least=0.90),
@@ -99,6 +99,7 @@ def main() -> None:
     asked.add_argument("--samples", type=int, default=40)
     asked.add_argument("--lengths", type=int, nargs="+", help="instead of the model's and beyond")
     asked.add_argument("--only", nargs="+", help="names of policies, and full")
+    asked.add_argument("--entry", action="append", help="policies with settings of their own")
     asked.add_argument("--seconds", type=float, help="begin no share after so many")
     asked.add_argument("--work", type=Path, default=Path("runs/needles"), help="finished shares")
     asked.add_argument("--out", type=Path, default=RESULTS / "needles.json")
@@ -110,26 +111,34 @@ def main() -> None:
         for row in ROWS
         if options.only is None or row.entry.partition(":")[0] in options.only
     ]
-    left = [
-        part
-        for row in rows
-        for part in parts(row, options.samples)
-        if not (options.work / part.file).exists()
-    ]
+    if options.entry:
+        rows = [Row(entry, tuple(options.lengths or (TRAINED,))) for entry in options.entry]
     begin = time.monotonic()
-    if any(part.entry.startswith("duo") for part in left):
-        calibrate(study, options.work / "duo")
-    # The longest first, so that no process is left alone with one at the end.
-    left.sort(key=lambda part: -part.length)
+    left: dict[tuple[int, int], list[Part]] = {}
+    for part in sorted(
+        {part for row in rows for part in parts(row, options.samples)},
+        key=lambda part: (part.length != TRAINED, part.length, part.seed),
+    ):
+        if not (options.work / part.file).exists():
+            left.setdefault((part.length, part.seed), []).append(part)
     end = None if options.seconds is None else begin + options.seconds
     context = multiprocessing.get_context("spawn")
     todo = context.Queue()
-    for part in [*left, *[None] * options.workers]:
-        todo.put(part)
+    duo = [part for own in left.values() for part in own if part.entry.startswith("duo")]
+    for own in left.values():
+        todo.put([part for part in own if part not in duo])
+    for _ in range(options.workers):
+        todo.put(None)
     args = (study, todo, options.work, end)
     workers = [context.Process(target=work, args=args) for _ in range(options.workers)]
     for worker in workers:
         worker.start()
+    if duo:
+        calibrate(study, options.work / "duo")
+        own_queue = context.Queue()
+        for item in (duo, None):
+            own_queue.put(item)
+        work(study, own_queue, options.work, end)
     for worker in workers:
         worker.join()
     cells = [cell for row in rows for cell in gathered(row, options.samples, options.work)]
@@ -144,8 +153,9 @@ def main() -> None:
 
 def parts(row: Row, samples: int) -> Iterable[Part]:
     for length in row.lengths:
-        for i in range(0, samples, SHARE):
-            yield Part(row.entry, length, min(SHARE, samples - i), 1_000_000 + i // SHARE)
+        share = next((n for most, n in SHARE.items() if length <= most), 3)
+        for i in range(0, samples, share):
+            yield Part(row.entry, length, min(share, samples - i), 1_000_000 + i // share)
 
 
 def calibrate(study: Study, out: Path) -> None:
@@ -166,18 +176,23 @@ def calibrate(study: Study, out: Path) -> None:
 
 
 def work(study: Study, todo: Any, out: Path, end: float | None) -> None:
-    """One process: measure shares until none is left."""
+    """One process: measure shares of the same prompts until none is left."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 16))
     host = None
-    while (part := todo.get()) is not None:
-        if end is not None and time.monotonic() > end:
-            continue
-        host = host or Host(study)
-        host.study = replace(study, samples=part.samples, seed=part.seed)
-        entry = part.entry.replace("duo:", f"duo:path={out / 'duo'},")
-        found = host.needles(entry, part.length, lambda event: None)
-        write_json(out / part.file, found)
-        print(f"{part.length:>7} {found['score']:5.2f}  {part.entry!r}", flush=True)
+    while (own := todo.get()) is not None:
+        for part in own:
+            if end is not None and time.monotonic() > end:
+                break
+            host = host or Host(study)
+            host.study = replace(study, samples=part.samples, seed=part.seed)
+            entry = part.entry.replace("duo:", f"duo:path={out / 'duo'},")
+            begin = time.monotonic()
+            found = host.needles(entry, part.length, lambda event: None)
+            write_json(out / part.file, found)
+            took = time.monotonic() - begin
+            print(
+                f"{part.length:>7} {found['score']:5.2f} {took:6.1f} s {part.entry!r}", flush=True
+            )
 
 
 def gathered(row: Row, samples: int, work: Path) -> Iterable[dict[str, Any]]:

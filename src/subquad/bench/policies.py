@@ -147,6 +147,7 @@ class Host:
         dtype = getattr(torch, chosen.dtype)
         self.model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=dtype).eval()
         self.model.to(chosen.device)
+        self._made: dict[Any, tuple[Any, list[Any]]] = {}
 
     def applied(self, entry: str) -> AbstractContextManager[Applied | None]:
         """The model with the policy of an entry on it."""
@@ -158,25 +159,37 @@ class Host:
 
     def needles(self, entry: str, T: int, tell: Progress) -> dict[str, Any]:
         """Accuracy on needles, and what the prompts cost."""
-        from subquad.tasks import create_task
-
-        task = create_task(
-            "niah_text", task="single_word", tokenizer=self.tokenizer, length=T,
-            keys=self.study.keys, intro=False,
-            reserve=16, path=self.study.text or sysconfig.get_paths()["stdlib"],
-        )  # fmt: skip
-        prompts = task.prompts(self.study.samples, self.study.seed)  # type: ignore[attr-defined]
+        task, prompts = self._prompts(T)
         costs, right = Costs(), 0.0
         with self.applied(entry) as on:
             for i, prompt in enumerate(prompts):
-                ids = torch.tensor([task.tokens(prompt.text)])  # type: ignore[attr-defined]
+                ids = torch.tensor([task.tokens(prompt.text)])
                 new = 1 + max(len(self._ids(" " + target)) for target in prompt.targets)
                 wrote = self._run(ids, Greedy(new), on, costs, i, len(prompts))
                 text = self.tokenizer.decode(wrote)
-                right += task.score_text([text], [prompt])["accuracy"]  # type: ignore[attr-defined]
+                right += task.score_text([text], [prompt])["accuracy"]
                 tell({"step": i + 1, "accuracy": right / (i + 1)})
         score = {"metric": "accuracy", "higher_is_better": True, "score": right / len(prompts)}
         return {**score, "samples": len(prompts), **costs.summary()}
+
+    def _prompts(self, T: int) -> tuple[Any, list[Any]]:
+        """The task and its prompts; the last ones are kept, as every entry is asked the same."""
+        from subquad.tasks import create_task
+
+        key = (T, self.study.samples, self.study.seed, self.study.keys, self.study.text)
+        if key not in self._made:
+            task: Any = create_task(
+                "niah_text",
+                task="single_word",
+                tokenizer=self.tokenizer,
+                length=T,
+                keys=self.study.keys,
+                intro=False,
+                reserve=16,
+                path=self.study.text or sysconfig.get_paths()["stdlib"],
+            )
+            self._made = {key: (task, task.prompts(self.study.samples, self.study.seed))}
+        return self._made[key]
 
     def perplexity(self, entry: str, T: int, tell: Progress) -> dict[str, Any]:
         """Perplexity of the last tokens of texts, each fed by itself behind the rest."""
