@@ -24,6 +24,7 @@ _HOMES = {
     "Mixer": "subquad.mixers.base",
     "State": "subquad.state",
     "System": "subquad.catalogue",
+    "analyse": "subquad.analysis",
     "apply": "subquad.policies.hook",
     "backend": "subquad.ops.backend",
     "convert": "subquad.recipes.run",
@@ -36,6 +37,7 @@ _HOMES = {
     "systems": "subquad.catalogue",
 }
 _MODULES = (
+    "analysis",
     "bench",
     "caches",
     "catalogue",
