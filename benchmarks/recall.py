@@ -43,13 +43,13 @@ BASE = Comparison(
     heads=1,
     mlp_dim=64,
     init_std=0.045,
-    steps=2000,
-    batch=32,
-    eval_every=1000,
+    steps=1200,
+    batch=64,
+    eval_every=400,
     eval_batches=8,
     lengths=(),
 )
-RECALL = "mqar[vocab_size=256,length=128,pairs=16,dtype=float32]"
+RECALL = "mqar[vocab_size=128,length=64,pairs=16]"
 # Mixers, each with its state at several sizes.
 SIZES = (
     *(f"based[feature_dim={d}]" for d in (4, 8, 16)),

@@ -246,8 +246,9 @@ class RetrievalHeads:
 
     Args:
         length: tokens of a prompt. samples: to score the heads with; tests: others, to ablate on.
-        ablate: 1, 2, 4, ... heads are ablated, up to this many; draws: of random heads, from those
-            that are no retrieval heads. new: most tokens of an answer.
+        ablate: 1, 2, 4, ... heads are ablated, up to this many, and as many as were found.
+        draws: of random heads, from those that are no retrieval heads.
+        new: most tokens of an answer.
         mode, phase: of the ablation (see :class:`~subquad.analysis.watch.Watch`).
         dedup: see :func:`score`. seed: of samples and random heads.
         text: file or folder of the haystack; None for the Python standard library.
@@ -279,10 +280,10 @@ class RetrievalHeads:
         kept = set(found.heads())
         others = [h for h in found.top(found.scores.numel()) if h not in kept]
         draw = torch.Generator().manual_seed(self.seed)
-        asked = [k for k in (2**i for i in range(self.ablate.bit_length())) if k <= self.ablate]
-        asked = [k for k in asked if k <= len(others)]
+        asked = {2**i for i in range(self.ablate.bit_length())} | {len(kept)}
+        counts = sorted(k for k in asked if 0 < k <= min(self.ablate, len(others)))
         sets: list[list[Head]] = [[]]
-        for k in asked:
+        for k in counts:
             sets.append(found.top(k))
             for _ in range(self.draws):
                 chosen = torch.randperm(len(others), generator=draw)[:k]
@@ -291,7 +292,7 @@ class RetrievalHeads:
             model, tokenizer, tests, sets, mode=self.mode, phase=self.phase, new=self.new
         )
         curve = []
-        for k, (best, *random) in zip(asked, batched(rest, 1 + self.draws)):
+        for k, (best, *random) in zip(counts, batched(rest, 1 + self.draws)):
             curve.append({"heads": k, "best": best, "random": sum(random) / len(random)})
         return RetrievalFound(found, plain, curve, self)
 
