@@ -33,7 +33,8 @@ from subquad.models.causal_lm import CausalLM, CausalLMConfig
 from subquad.ops.attention import attention
 from subquad.ops.recurrence import recurrence
 from subquad.parallel import wire
-from subquad.parallel.lasp2 import gathered, lasp2
+from subquad.parallel.gather import gathered
+from subquad.parallel.lasp2 import lasp2
 from subquad.parallel.ring_attention import ring
 from subquad.parallel.ulysses import ulysses, ulysses_recurrence
 

@@ -22,9 +22,12 @@ from subquad.ops.attention import attention
 from subquad.ops.recurrence import linear_attention, recurrence
 from subquad.ops.scan import scan
 from subquad.parallel import wire
-from subquad.parallel.lasp2 import gathered, lasp2, lasp2_scan
+from subquad.parallel.gather import gathered
+from subquad.parallel.lasp2 import lasp2
 from subquad.parallel.mesh import place
 from subquad.parallel.ring_attention import layout_index, ring, ring_attention
+from subquad.parallel.scan import lasp2_scan
+from subquad.parallel.shards import attend_shards
 from subquad.parallel.ulysses import gather_heads, scatter_heads, ulysses, ulysses_recurrence
 from subquad.train.ranks import Ranks
 
@@ -181,6 +184,30 @@ def lasp2_packed(groups):
                         partial(lasp2, cu_seqlens=cu, mesh=here),
                         shared=shared,
                     )
+
+
+@check
+def lasp_hands_the_state_on(groups):
+    """The serial predecessor finds the same; a rank sends one state forward and one back."""
+    for here in within(groups, (4, 3)):
+        serial = partial(lasp2, exchange="serial", mesh=here)
+        for decay, delta in (
+            (None, False),
+            ("constant", False),
+            ("channel", False),
+            ("head", True),
+        ):
+            inputs, shared = recurrent(6 * here.size, decay=decay, delta=delta)
+            same(here, inputs, recurrence, serial, shared=shared)
+            cu = torch.tensor(CUTS[1], dtype=torch.int32)
+            inputs, shared = recurrent(24, decay=decay, delta=delta, rows=1, N=4)
+            same(
+                here,
+                inputs,
+                partial(recurrence, cu_seqlens=cu),
+                partial(serial, cu_seqlens=cu),
+                shared=shared,
+            )
 
 
 @check
@@ -363,6 +390,17 @@ def odd_shares_and_short_tails(groups):
     for run in (ring, gathered, ulysses):
         o = parallel.join(run(**x, mask=masks.causal(), mesh=here), mesh=here)
         close(o[:, :22], want)
+
+
+@check
+def keys_that_stay_split(groups):
+    """A new token reads shards of different lengths, one of them empty."""
+    here = next(within(groups, (4,)))
+    whole = attended(15)
+    q = whole["q"][:, -1:]
+    lengths = [6, 0, 2, 7]
+    k, v = (whole[name].split(lengths, 1)[here.rank] for name in "kv")
+    close(attend_shards(q, k, v, mesh=here), attention(q, whole["k"], whole["v"]))
 
 
 @check

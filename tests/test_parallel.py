@@ -16,7 +16,8 @@ import torch
 from subquad import mask as masks
 from subquad.ops.attention import attention, merge
 from subquad.ops.recurrence import recurrence
-from subquad.parallel.lasp2 import Affine, written
+from subquad.parallel.lasp2 import written
+from subquad.parallel.maps import Affine
 from subquad.parallel.ring_attention import LAYOUTS, layout_index, schedule
 
 HERE = Path(__file__).parent

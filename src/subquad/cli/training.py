@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -89,6 +90,7 @@ def train(
     lm = build(spec.model(model, vocab_size=made.vocab_size, dim=dim, depth=depth), seed, device)
     config = training.TrainConfig(steps=steps, batch=batch, lr=lr, seed=seed, sequence=sequence)
     screen = console()
+    screen.quiet = os.environ.get("RANK", "0") != "0"  # under torchrun one process speaks
     with progress(screen) as display:
         display.start(f"{model} on {task}", steps)
         found = training.train(lm, made, config, out=out, progress=display)

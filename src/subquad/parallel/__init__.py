@@ -20,9 +20,11 @@ from torch import Tensor
 from subquad.ops import attention as _attention
 from subquad.ops import recurrence as _recurrence
 from subquad.ops import scan as _scan
-from subquad.parallel.lasp2 import gathered, lasp2, lasp2_scan
+from subquad.parallel.gather import gathered
+from subquad.parallel.lasp2 import lasp2
 from subquad.parallel.mesh import Split, current, sequence
 from subquad.parallel.ring_attention import ring
+from subquad.parallel.scan import lasp2_scan
 from subquad.parallel.tokens import join, shift_left, split
 from subquad.parallel.ulysses import ulysses, ulysses_recurrence
 

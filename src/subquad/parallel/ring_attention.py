@@ -29,7 +29,7 @@ from subquad.ops.attention import merge
 from subquad.ops.backend import without_autocast
 from subquad.parallel import blocks
 from subquad.parallel.collectives import Hop, exchange
-from subquad.parallel.lasp2 import check_attention, gathered
+from subquad.parallel.gather import check_attention, gathered
 from subquad.parallel.mesh import Split, place
 
 LAYOUTS = ("contiguous", "zigzag", "striped")

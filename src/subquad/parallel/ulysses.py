@@ -21,7 +21,8 @@ from subquad.ops.attention import attention
 from subquad.ops.layout import repeat_heads
 from subquad.ops.recurrence import recurrence
 from subquad.parallel.collectives import exchange, gather
-from subquad.parallel.lasp2 import _check, check_attention
+from subquad.parallel.gather import check_attention
+from subquad.parallel.lasp2 import check_recurrence
 from subquad.parallel.mesh import Split, place
 
 
@@ -136,7 +137,7 @@ def ulysses_recurrence(
         RuntimeError: if another rank has gone.
     """
     here = place(mesh)
-    _check(q, k, v, cu_seqlens, here)
+    check_recurrence(q, k, v, cu_seqlens, here)
     timed = {"q": q, "k": k, "v": v, "beta": beta}
     timed["decay"] = None if decay is None or decay.dim() == 1 else decay
     H = max(t.shape[2] for t in timed.values() if t is not None)

@@ -11,3 +11,4 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 all_reduce = dist.all_reduce
 all_to_all = dist.all_to_all_single
 send_and_receive = dist.batch_isend_irecv
+send, receive = dist.send, dist.recv
