@@ -1,9 +1,10 @@
 """Attention on images over the resolution: accuracy on real digits, and time, beside softmax.
 
 ``python benchmarks/vision.py --part accuracy`` trains one small model for every mixer and
-resolution on scikit-learn's digits; ``--part time`` times models of four blocks; ``--part page``
-draws the figure and writes the tables of docs/evidence.md. Results go to results/vision.json after
-every cell, and what is in it is not measured again.
+resolution on scikit-learn's digits; ``--part time`` times models of four blocks; ``--part
+reading`` fits single heads to softmax at every sharpness (one CPU thread, a minute each); ``--part
+page`` draws the figure and writes the tables of docs/evidence.md. Results go to results/vision.json
+after every cell, and what is in it is not measured again.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from subquad.bench.results import machine, write_json, write_section
 from subquad.models.vision import VisionModel, create_vision_model
+from subquad.ops.attention import attention
+from subquad.ops.kernel_attention import bidirectional
 from subquad.tasks import create_task
 from subquad.train import TrainConfig, train
 
@@ -103,6 +108,60 @@ def timing(entry: str, side: int, device: str) -> Row:
 
     runs = (("forward", forward), ("training", step))
     return {name: 1000 * seconds(run, device) / len(x) for name, run in runs}
+
+
+class Reader(nn.Module):
+    """One head with learned q, k, v and o maps; queries are given beside the keys and values."""
+
+    def __init__(self, normalizer: str | None, phi: Callable[[Tensor], Tensor], K: int) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList([nn.Linear(K, K) for _ in range(4)])
+        self.normalizer, self.phi = normalizer, phi
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (m(t)[:, :, None] for m, t in zip(self.maps, (q, k, v), strict=False))
+        if self.normalizer is None:
+            o = attention(q, k, v)
+        else:
+            o = bidirectional(self.phi(q), self.phi(k), v, self.normalizer)
+        return self.maps[3](o[:, :, 0])
+
+
+READERS: dict[str, tuple[str | None, Callable[[Tensor], Tensor]]] = {
+    "softmax": (None, nn.Identity()),
+    "inline, identity": ("subtract", nn.Identity()),
+    "mala": ("magnitude", lambda t: F.elu(t) + 1),
+    "inline, relu": ("subtract", F.relu),
+    "linear attention, relu": ("divide", F.relu),
+    "linear attention, elu + 1": ("divide", lambda t: F.elu(t) + 1),
+}
+
+
+def readings() -> Cells:
+    for entry, (normalizer, phi) in READERS.items():
+        yield entry, partial(reading, normalizer, phi)
+
+
+def reading(normalizer: str | None, phi: Callable[[Tensor], Tensor], K: int = 16) -> Row:
+    """Relative squared error on softmax at every sharpness, after 1,500 steps of Adam."""
+    torch.manual_seed(0)
+    model = Reader(normalizer, phi, K)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    last = []
+    for step in range(1500):
+        q, k, v = (torch.randn(32, n, K) for n in (16, 48, 48))
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        q = q * torch.empty(32, 16, 1).uniform_(math.log(0.37), math.log(20)).exp()
+        want = (q @ k.mT).softmax(-1) @ v
+        error = (model(q, k, v) - want).square().mean() / want.square().mean()
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (0.5 + 0.5 * math.cos(math.pi * step / 1500))
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        if step >= 1400:
+            last.append(error.item())
+    return {"error": sum(last) / len(last)}
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
@@ -205,18 +264,18 @@ def draw(found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--part", choices=("accuracy", "time", "page"), default="page")
+    parser.add_argument("--part", choices=("accuracy", "time", "reading", "page"), default="page")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--path", help="of the images; scikit-learn's digits where left out")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    found = {"made": {}, "accuracy": {}, "time": {}}
+    found: dict[str, Any] = {"made": {}, "accuracy": {}, "time": {}, "reading": {}}
     if asked.results.exists():
-        found = json.loads(asked.results.read_text())
+        found |= json.loads(asked.results.read_text())
     if asked.part == "page":
         return page(found)
-    cells = times(asked.device)
+    cells = times(asked.device) if asked.part == "time" else readings()
     if asked.part == "accuracy":
         cells = accuracies(asked.device, asked.path, asked.steps)
     for name, cell in cells:
