@@ -301,7 +301,7 @@ _CARDS = (
         kind="mixer",
         home="subquad.mixers.inline:InLine",
         causal=False,
-        evidence=("facts",),
+        evidence=("facts", "claim"),
     ),
     System(
         key="mala",
@@ -312,7 +312,7 @@ _CARDS = (
         kind="mixer",
         home="subquad.mixers.mala:MALA",
         causal=False,
-        evidence=("facts", "golden"),
+        evidence=("facts", "golden", "claim"),
     ),
     System(
         key="rala",
