@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import subquad
-from subquad.recipes import choose, create_recipe, student
+from subquad.recipes import RECIPES, choose, create_recipe, student
 from subquad.recipes.base import Transfer, Tune
 from subquad.recipes.teacher import import_decoder
 from subquad.tasks import create_task
@@ -88,12 +88,14 @@ def test_import_of_a_real_model(shared):
     torch.testing.assert_close(import_decoder(model)(ids).logits, want, atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("key", ["lolcats", "gated_deltanet", "kimi_linear"])
+@pytest.mark.parametrize("key", RECIPES)
 def test_converted_folder(tmp_path, key):
     """It loads by AutoModelForCausalLM, generates, and its state grows in kept layers alone."""
-    options = {"options": {"window": 4}} if key == "lolcats" else {}
-    made = convert(tmp_path / "out", small(key, **options), keep="1")
-    assert [made.config.mixer(alias)[0] for alias in made.config.pattern] == [key, "softmax", key]
+    options = {"lolcats": {"window": 4}, "still": {"chunk": 8, "ratio": 0}}.get(key, {})
+    recipe = small(key, options=options)
+    made = convert(tmp_path / "out", recipe, keep="1")
+    mixers = [made.config.mixer(alias)[0] for alias in made.config.pattern]
+    assert mixers == [key, recipe.kept, key]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = torch.randint(256, (1, 24))
     torch.testing.assert_close(loaded(ids).logits, made(ids).logits)

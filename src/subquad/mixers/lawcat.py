@@ -92,19 +92,26 @@ class LAWCAT(Softmax):
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         self.q_conv = ShortConv(width, conv_size, activation=conv_activation)
-        self.k_conv = (
-            self.q_conv if conv_shared else ShortConv(width, conv_size, activation=conv_activation)
-        )
+        if not conv_shared:
+            self._modules["k_conv"] = ShortConv(width, conv_size, activation=conv_activation)
         for conv in (self.q_conv, self.k_conv):
             nn.init.constant_(conv.weight, 0.001)
             nn.init.ones_(conv.weight[..., -1])
         halves = 1 if feature_map in ("elu", "relu") else 2
         self.feature_map_q = HeadMap(H, K, K // halves, kind=feature_map)
-        self.feature_map_k = (
-            self.feature_map_q if tied else HeadMap(H, K, K // halves, kind=feature_map)
-        )
+        if not tied:
+            self._modules["feature_map_k"] = HeadMap(H, K, K // halves, kind=feature_map)
         omega = torch.full((1, H, 1, 1), -2.1972)
         self.window_factors = nn.Parameter(omega) if window else None
+
+    # A module under two names would be saved under two, which transformers refuses.
+    @property
+    def k_conv(self) -> Any:
+        return self._modules.get("k_conv", self.q_conv)
+
+    @property
+    def feature_map_k(self) -> Any:
+        return self._modules.get("feature_map_k", self.feature_map_q)
 
     def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         x = context.zero_padding(x)

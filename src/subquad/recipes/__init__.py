@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 # The only list of the recipes for ``convert``.
 RECIPES = {
     "gated_deltanet": "subquad.recipes.hybrid:Hybrid",
+    "hedgehog": "subquad.recipes.hedgehog:Hedgehog",
     "kimi_linear": "subquad.recipes.hybrid:HybridKimi",
+    "lawcat": "subquad.recipes.lawcat:LAWCAT",
     "lolcats": "subquad.recipes.lolcats:LoLCATs",
+    "sala": "subquad.recipes.sala:SALA",
+    "still": "subquad.recipes.still:STILL",
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from subquad import checkpoint
 from subquad.mixers.base import Mixer
 from subquad.models import CausalLM
 from subquad.ops import checks
@@ -220,7 +221,10 @@ class _Conversion:
                 _save(mixers[l], files[l])
             self._record(f"{index} transfer {name}", stage, history)
         for l in layers:
-            mixers[l].load_state_dict(load_file(files[l], device=str(self.teacher.device)))
+            found = load_file(files[l])
+            with torch.no_grad():
+                for name, t in checkpoint.weights(mixers[l]).items():
+                    t.copy_(found[name])
             mixers[l].requires_grad_(False)
 
     def _kept(self, mixers: dict[int, Mixer]) -> list[int]:
@@ -318,5 +322,6 @@ def _load(source: str | os.PathLike[str], tokenizer: Any) -> tuple[Any, Any]:
 
 def _save(mixer: Mixer, path: Path) -> None:
     aside = path.with_name(f".{path.name}")
-    save_file({n: t.detach().cpu().contiguous() for n, t in mixer.state_dict().items()}, aside)
+    weights = checkpoint.weights(mixer)
+    save_file({name: t.detach().cpu().contiguous() for name, t in weights.items()}, aside)
     os.replace(aside, path)
