@@ -42,17 +42,39 @@ def attend(
         share = call.site.heads // starts.shape[1]
         for _, _, _, keep in _pieces(call, starts, size, rows, columns):
             call.count(keep.sum() * share)
+    if call.q.shape[1] == 1:
+        return _alone(call, starts, size, columns)
     kernels = call.q.is_cuda or interpreted()
     if kernels and call.site.window is None and call.q.dtype != torch.float64:
         return _kernels(call, starts, size, rows, columns)
     return _gathered(call, starts, size, rows, columns)
 
 
+def _alone(call: Call, starts: Tensor, size: int, columns: Tensor | None) -> Tensor:
+    """One token: its keys copied, and a dense kernel over them; few launches, as a token's time is
+    mostly theirs."""
+    (B, _, H, _), (S, G) = call.q.shape, call.layer.keys.shape[1:3]
+    N, device = starts.shape[1], call.q.device
+    spans = starts[:, :, 0, :, None]
+    parts = [torch.where(spans < 0, -1, spans + torch.arange(size, device=device)).flatten(2)]
+    if columns is not None:
+        parts.append(columns[:, :, 0])
+    tokens = torch.cat(parts, -1)
+    seen = (tokens >= 0) & (tokens < S)
+    if call.site.window is not None:
+        seen &= tokens > S - 1 - call.site.window
+    row = torch.arange(B, device=device)[:, None, None]
+    head = (torch.arange(N, device=device) * G // N)[:, None]
+    at = tokens.clamp(0, S - 1)
+    k, v = (x[row, at, head] for x in (call.layer.keys, call.layer.values))  # [B,N,L,*]
+    q = call.q.view(B, N, H // N, -1)
+    o = F.scaled_dot_product_attention(q, k, v, seen[:, :, None], scale=call.scale)
+    return o.reshape(B, 1, H, -1)
+
+
 def _kernels(call: Call, starts: Tensor, size: int, rows: int, columns: Tensor | None) -> Tensor:
     """By the block-sparse kernels, which read the lists where they are."""
     T, S = call.q.shape[1], call.layer.keys.shape[1]
-    if T == 1:  # one row, wherever the token stands
-        starts, rows = _rising(starts), S
     before = (S - T) // rows
     starts = F.pad(starts, (0, 0, before, 0), value=-1)
     if columns is not None:
@@ -64,13 +86,6 @@ def _kernels(call: Call, starts: Tensor, size: int, rows: int, columns: Tensor |
         m = masks.spans(starts, starts[..., :0], size, rows)
     k, v = call.layer.keys, call.layer.values
     return attention(call.q, k, v, masks.causal() & m, scale=call.scale)
-
-
-def _rising(starts: Tensor) -> Tensor:
-    """Lists in order, -1 at the end."""
-    none = torch.iinfo(starts.dtype).max
-    lists = torch.where(starts < 0, none, starts).sort(-1).values
-    return torch.where(lists == none, -1, lists)
 
 
 def _pieces(
