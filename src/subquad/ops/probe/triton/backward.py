@@ -107,7 +107,6 @@ def probe_grad_kv(
     first = tl.load(FIRST + b * own + block)
     last = tl.load(LAST + b * own + block)
     dk = tl.zeros([BN, BK], tl.float32)
-    dk_tilt = tl.zeros([BN, BK], tl.float32)
     dv = tl.zeros([BN, BV], tl.float32)
     for head in range(0, H // G):
         h = g * (H // G) + head
@@ -133,13 +132,12 @@ def probe_grad_kv(
             u = t - drift[None, :]
             gap = pull[None, :] - e
             dv = tl.dot((p * (1.0 - u)).to(do.dtype), do, dv, input_precision=PRECISION)
-            ds = p * (e - delta[None, :] + u * gap)
+            ds = p * scale * (e - delta[None, :] + u * gap)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-            dk_tilt = tl.dot((p * gap).to(r.dtype), r, dk_tilt, input_precision=PRECISION)
+            dk = tl.dot((p * gap).to(r.dtype), r, dk, input_precision=PRECISION)
     at = (b * S + n) * G + g
     d = tl.arange(0, BK)
     keep = there[:, None] & (d < K)[None, :]
-    dk = dk * scale + dk_tilt
     tl.store(DK + at[:, None] * K + d[None, :], dk.to(DK.dtype.element_ty), mask=keep)
     d = tl.arange(0, BV)
     keep = there[:, None] & (d < V)[None, :]
