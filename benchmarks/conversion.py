@@ -1,7 +1,7 @@
 """What conversions of a small pretrained model lose, and what they save.
 
     python benchmarks/conversion.py MODEL              # all cells (a GPU; minutes)
-    python benchmarks/conversion.py MODEL --cell lolcats/both --cell teacher
+    python benchmarks/conversion.py MODEL --cell lolcats --cell teacher
 
 Every cell converts MODEL on the source of Python's standard library with one recipe and one choice
 of kept layers, then measures perplexity on held-out files at 1,024 tokens, needles in a haystack,
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 import time
 from dataclasses import replace
@@ -23,32 +24,48 @@ import torch
 import torch.nn.functional as F
 
 import subquad
+from subquad.bench import units
 from subquad.bench.policies import Host, Study
-from subquad.bench.results import machine, write_json
+from subquad.bench.results import machine, write_json, write_section
 from subquad.recipes import create_recipe
 from subquad.recipes.base import Transfer, Tune
 from subquad.tasks import create_task
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "conversion.json"
+EVIDENCE = ROOT / "docs" / "evidence.md"
+FIGURE = ROOT / "docs" / "figures" / "conversion.svg"
 SAMPLES = 20
 
-# recipe, kept layers, stages run, options of the mixer, further changes of its stages
+# A layer drawn from random.Random(0) beside the one chosen by score.
+RANDOM = str(random.Random(0).randrange(8))
+LONG = {"length": 4096, "batch": 2}
+# The recipe, its kept layers, the stages run where not all, options of the mixer, of all stages.
 CELLS: dict[str, dict[str, Any]] = {
-    "lolcats/both": {"recipe": "lolcats"},
-    "lolcats/transfer alone": {"recipe": "lolcats", "only": "transfer"},
-    "lolcats/keep 1": {"recipe": "lolcats", "keep": 1},
-    "lolcats/keep 2": {"recipe": "lolcats", "keep": 2},
-    "gated_deltanet/keep 0": {"recipe": "gated_deltanet"},
-    "gated_deltanet/keep 1": {"recipe": "gated_deltanet", "keep": 1},
-    "gated_deltanet/keep 3:1": {"recipe": "gated_deltanet", "keep": "3:1"},
-    "kimi_linear/keep 1": {"recipe": "kimi_linear", "keep": 1},
-    **{
-        f"gated_deltanet/keep layer {l}": {"recipe": "gated_deltanet", "keep": str(l)}
-        for l in range(8)
+    "lolcats": {"recipe": "lolcats"},
+    "lolcats, transfer alone": {"recipe": "lolcats", "only": Transfer},
+    "lolcats, no transfer": {"recipe": "lolcats", "only": Tune},
+    "lolcats, best layer kept": {"recipe": "lolcats", "keep": 1},
+    "lolcats, random layer kept": {"recipe": "lolcats", "keep": RANDOM},
+    "lolcats, best layer kept, 4k texts": {"recipe": "lolcats", "keep": 1, "set": LONG},
+    "gated_deltanet": {"recipe": "gated_deltanet"},
+    "gated_deltanet, best layer kept": {"recipe": "gated_deltanet", "keep": 1},
+    "gated_deltanet, random layer kept": {"recipe": "gated_deltanet", "keep": RANDOM},
+    "gated_deltanet, 3:1": {"recipe": "gated_deltanet", "keep": "3:1"},
+    "gated_deltanet, best layer kept, 4k texts": {
+        "recipe": "gated_deltanet", "keep": 1, "set": LONG,
     },
-    **{f"lolcats/keep layer {l}": {"recipe": "lolcats", "keep": str(l)} for l in range(8)},
-}
+    "kimi_linear, best layer kept": {"recipe": "kimi_linear", "keep": 1},
+    "hedgehog": {"recipe": "hedgehog"},
+    "hedgehog, elu + 1": {"recipe": "hedgehog", "options": {"feature_map": "elu"}},
+    "hedgehog, relu": {"recipe": "hedgehog", "options": {"feature_map": "relu"}},
+    "hedgehog, best layer kept": {"recipe": "hedgehog", "keep": 1},
+    "lawcat": {"recipe": "lawcat"},
+    "lawcat, best layer kept": {"recipe": "lawcat", "keep": 1},
+    "still": {"recipe": "still"},
+    "still, best layer kept": {"recipe": "still", "keep": 1},
+    "sala, two layers kept": {"recipe": "sala", "keep": 2},
+}  # fmt: skip
 
 
 def main() -> None:
@@ -60,7 +77,11 @@ def main() -> None:
     asked.add_argument("--length", type=int, help="of every stage")
     asked.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192])
     asked.add_argument("--out", type=Path, default=RESULTS)
+    asked.add_argument("--report", action="store_true", help="write the evidence from --out, stop")
     options = asked.parse_args()
+    if options.report:
+        report(json.loads(options.out.read_text()))
+        return
     results = json.loads(options.out.read_text()) if options.out.is_file() else {"cells": {}}
     for name in options.cell or ["teacher", *CELLS]:
         if name in results["cells"]:
@@ -76,11 +97,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if name == "teacher":
         return quality(options.model, options.lengths)
     cell = CELLS[name]
-    changes = {k: getattr(options, k) for k in ("steps", "batch", "length") if getattr(options, k)}
+    asked = {k: getattr(options, k) for k in ("steps", "batch", "length") if getattr(options, k)}
+    changes = {**cell.get("set", {}), **asked}
     recipe = create_recipe(cell["recipe"], options=cell.get("options", {}), **changes)
     if "only" in cell:
-        kind = {"transfer": Transfer, "tune": Tune}[cell["only"]]
-        recipe = replace(recipe, stages=tuple(s for s in recipe.stages if isinstance(s, kind)))
+        stages = tuple(s for s in recipe.stages if isinstance(s, cell["only"]))
+        if cell["only"] is Tune:  # without a transfer, maps and factors learn beside the adapters
+            stages = tuple(replace(s, train=("feature_map", "window_factors")) for s in stages)
+        recipe = replace(recipe, stages=stages)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model"
         start = time.perf_counter()
@@ -116,6 +140,68 @@ def quality(folder: str, lengths: list[int]) -> dict[str, Any]:
         found = host.needles("full", T, lambda event: None)
         out["needles"][str(T)], out["cache"][str(T)] = found["score"], found["cache"]
     return out
+
+
+def report(results: dict[str, Any]) -> None:
+    """The table and the figure of docs/evidence.md."""
+    cells, device = results["cells"], results["made"].get("device", "")
+    lengths = list(cells["teacher"]["needles"])
+    whole = cells["teacher"]["cache"]["8192"]
+    head = [f"needles {int(T):,}" for T in lengths]
+    lines = [
+        f"`python benchmarks/conversion.py MODEL` with `{results['model']}` (8 layers) on {device}: "
+        f"perplexity at 1,024 tokens of held-out files; needles of {SAMPLES} prompts a length, one "
+        "of 4 facts asked; the cache behind 8,192 tokens; seconds of the conversion, loading "
+        "and the choice of layers included, beside other processes on the same GPU.",
+        "",
+        f"| recipe | layers kept | tokens | perplexity | {' | '.join(head)} | cache | of it | s |",
+        "| --- | --- | ---: | ---: |" + " ---: |" * (len(lengths) + 3),
+    ]
+    for name, cell in cells.items():
+        kept = "all" if name == "teacher" else ", ".join(map(str, cell["kept"])) or "none"
+        needles = " | ".join(f"{cell['needles'][T]:.2f}" for T in lengths)
+        tokens = f"{cell.get('tokens', 0) / 1e6:.1f} M"
+        held = cell["cache"]["8192"]
+        lines.append(
+            f"| {name} | {kept} | {tokens} | {cell['perplexity']:.3f} | {needles} | "
+            f"{units.bytes_(held)} | {held / whole:.1%} | {cell.get('seconds', 0):.0f} |"
+        )
+    figure(cells, FIGURE)
+    lines += ["", f"![Perplexity and needles against the cache](figures/{FIGURE.name})"]
+    scores = next((c["scores"] for c in cells.values() if c.get("scores")), None)
+    if scores:
+        values = ", ".join(f"{l}: {found['recall']:.3g}" for l, found in scores.items())
+        lines += ["", f"Scores of the layers for `lolcats` (KL on repeated text): {values}."]
+    write_section(EVIDENCE, "conversion", "Conversion of a pretrained model", "\n".join(lines))
+    print("\n".join(lines))
+
+
+def figure(cells: dict[str, Any], path: Path) -> None:
+    """Perplexity, and needles at 4,096 tokens, against the bytes of the cache at 8,192."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    shown, axes = plt.subplots(1, 2, figsize=(11, 5), sharex=True)
+    recipes = list(dict.fromkeys(cell.get("recipe", "teacher") for cell in cells.values()))
+    titles = ("perplexity, 1,024 tokens", "needles, 4,096 tokens")
+    for axis, title in zip(axes, titles):
+        for i, recipe in enumerate(recipes):
+            own = [c for c in cells.values() if c.get("recipe", "teacher") == recipe]
+            y = [c["perplexity"] if axis is axes[0] else c["needles"]["4096"] for c in own]
+            x = [c["cache"]["8192"] / 2**20 for c in own]
+            axis.scatter(
+                x, y, label=recipe, color=f"C{i}", marker="osD^vP*X"[i % 8], s=50, alpha=0.8
+            )
+        axis.set(xscale="log", xlabel="cache behind 8,192 tokens, MiB", ylabel=title)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[1].legend(fontsize=8)
+    shown.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shown.savefig(path, metadata={"Date": None})
+    plt.close(shown)
 
 
 if __name__ == "__main__":
