@@ -149,7 +149,7 @@ def report(results: dict[str, Any]) -> None:
     whole = cells["teacher"]["cache"]["8192"]
     head = [f"needles {int(T):,}" for T in lengths]
     lines = [
-        f"`python benchmarks/conversion.py MODEL` with `{results['model']}` (8 layers) on {device}: "
+        f"`python benchmarks/conversion.py MODEL`, `{results['model']}` (8 layers) on {device}: "
         f"perplexity at 1,024 tokens of held-out files; needles of {SAMPLES} prompts a length, one "
         "of 4 facts asked; the cache behind 8,192 tokens; seconds of the conversion, loading "
         "and the choice of layers included, beside other processes on the same GPU.",
