@@ -78,7 +78,7 @@ def still() -> Cells:
     for name, options in {
         "still, chunks of 8, an eighth salient": {"new": "still", "chunk": 8, "ratio": 1 / 8},
         "none salient": {"new": "still", "chunk": 8, "ratio": 0.0},
-        "lolcats, terraces of 12": {"new": "lolcats", "window": 12},
+        "lolcats, terraces of 16": {"new": "lolcats", "window": 16},
     }.items():
         yield name, partial(tuned, base, features=8, **options)
 
