@@ -77,8 +77,10 @@ class LoLCATs(Softmax):
         self.affine, self.decode = affine, decode
 
     def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
-        q, k, v = self.qkv(x, context)
         slides = self.decode == "sliding"
+        if slides and self.near.terraced and context.cu_seqlens is not None:
+            raise ValueError("decode='sliding' takes no packed sequences, got cu_seqlens")
+        q, k, v = self.qkv(x, context)
         near = self.near if context.state is None or not slides else Near(self.near.window)
         span = Span(context, {"k": k, "v": v}, window=near.window if slides else near.reach)
         q, k, v = span.rows(q), span["k"], span["v"]
@@ -91,8 +93,6 @@ class LoLCATs(Softmax):
             cu_seqlens=span.cu_seqlens,
         )  # fmt: skip
         if slides and near.terraced:
-            if span.cu_seqlens is not None:
-                raise ValueError("decode='sliding' takes no packed sequences, got cu_seqlens")
             after = _slid(phi_k, v, context.seen_after, near.window)
         own = {"S": after[0], "z": after[1]}
         return span.tokens(o), ChainMap(own, span.state())  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ class Grid:
         self, tokens: int, block: int, starts: Tensor | None, cu_seqlens: Tensor | None,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self.tokens, self.block = tokens, block
+        self.tokens, self.block, self.device = tokens, block, device
         self.cuts: list[int] | None = None
         self.source: Tensor | None = None  # int64 [R or 1, N w], -1 where there is no token
         self.target: Tensor | None = None  # int64 [R or 1, S]
@@ -80,7 +80,6 @@ class Grid:
 
     def last(self) -> Tensor:
         """int64 ``[R or 1]``, the block of each row's last token (not for packed sequences)."""
-        end = torch.zeros(1, dtype=torch.int64) + self.tokens - 1
-        if self.target is not None:
-            end = self.target[:, -1]
-        return end // self.block
+        if self.target is None:
+            return torch.full((1,), (self.tokens - 1) // self.block, device=self.device)
+        return self.target[:, -1] // self.block

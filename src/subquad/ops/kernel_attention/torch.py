@@ -172,7 +172,7 @@ def _prefix(written: Tensor, state: Tensor | None, grid: Grid) -> tuple[Tensor, 
         begin = torch.zeros_like(written[:, :1]) if state is None else state[:, None]
         states = torch.cat([begin, begin, begin + written[:, :-2].cumsum(1)], 1)
         states = states[:, : written.shape[1]]
-        last = grid.last().to(written.device).expand(len(written))
+        last = grid.last().expand(len(written))
         return states, states[torch.arange(len(written), device=written.device), last]
     every, lasts = [], []
     for n, part in enumerate(written[0].split(grid.cuts)):
