@@ -47,23 +47,25 @@ class Part:
     """
 
     def __init__(self, slab: Slab, q, k, v, decay, beta, scale: float, dtype: torch.dtype) -> None:
-        c = self.c = slab.chunk
-        self.scale = scale
-        k, self.v = slab.take(k, dtype), slab.take(v, dtype)
-        kinds = 1 if beta is None else 2
-        rows = k.new_empty(len(k), kinds * c, k.shape[2])
+        c, room = slab.chunk, slab.room
+        self.c, self.room, self.scale = c, room, scale
+        X, K, V = sum(slab.steps), k.shape[3], v.shape[3]
+        like = v.new_empty(0, dtype=dtype)
+        k = slab.take(k, dtype, room("k", like, X, c, K))
+        self.v = self.plain_v = slab.take(v, dtype, room("v", like, X, c, V))
+        rows = room("rows", like, X, c if beta is None else 2 * c, K)
         slab.take(q, dtype, rows[:, :c], scale)
         if beta is not None:
-            self.beta, self.plain_v = slab.take(beta, dtype), self.v
-            self.v = self.v * self.beta
+            self.beta = slab.take(beta, dtype)
+            self.v = torch.mul(self.v, self.beta, out=room("beta v", like, X, c, V))
             torch.mul(k, -self.beta, out=rows[:, c:])
-        self.gate = gate_of(rows, k, None if decay is None else slab.take(decay, dtype))
+        self.gate = gate_of(rows, k, None if decay is None else slab.take(decay, dtype), room)
         self.pairs = self.gate.pairs()
         self.U, self.W, self.inverse = self.v, None, None
         if beta is not None:
             self.inverse = unit_inverse(self.pairs[:, c:])
-            self.U = torch.bmm(self.inverse, self.v)
-            self.W = torch.bmm(self.inverse, self.gate.reads[:, c:])
+            self.U = room.bmm("U", self.inverse, self.v)
+            self.W = room.bmm("W", self.inverse, self.gate.reads[:, c:])
 
 
 def forward(
@@ -91,9 +93,9 @@ def forward(
     states[plan.total * H :] = 0
     for slab in plan.slabs():
         part = Part(slab, q, k, v, decay, beta, scale, wide)
-        before = states[slab.span] if keep else S.new_empty(sum(slab.steps), K, V)
+        before = states[slab.span] if keep else slab.room("S", S, sum(slab.steps), K, V)
         D = _scan(part, slab.steps, S, before)
-        out = torch.bmm(part.pairs[:, : part.c], D)
+        out = slab.room.bmm("o", part.pairs[:, : part.c], D)
         slab.put(o, out.baddbmm_(part.gate.reads[:, : part.c], before))
     return o, plan.unsort(S), states
 
@@ -115,7 +117,7 @@ def _scan(part: Part, steps: list[int], S: Tensor, before: Tensor) -> Tensor:
     """Carry S through the slab; leaves the states before its chunks, returns what they write."""
     D, W, writes = part.U, part.W, part.gate.writes.mT
     gates, befores = _cut(part.gate.whole, steps), before.split(steps)
-    added = _cut(torch.bmm(writes, D) if W is None else None, steps)
+    added = _cut(part.room.bmm("added", writes, D) if W is None else None, steps)
     cut = list(zip(befores, gates, added, _cut(W, steps), writes.split(steps), D.split(steps)))
     befores[0].copy_(S[: steps[0]])
     for i, (old, gate, add, w, write, d) in enumerate(cut):
@@ -155,7 +157,7 @@ def backward(
     ]
     for slab in plan.slabs(reverse=True):
         part = Part(slab, q, k, v, decay, beta, scale, states.dtype)
-        E = part.v.new_empty(len(part.v), part.pairs.shape[1], V)
+        E = slab.room("E", states, *part.pairs.shape[:2], V)
         slab.take(do, states.dtype, E[:, : part.c])
         values = _gradients(part, slab.steps, states[slab.span], E, dS)
         for grad, value in zip(grads, values, strict=True):
@@ -168,20 +170,21 @@ def _gradients(part: Part, steps: list[int], S: Tensor, E: Tensor, dS: Tensor):
     """Gradients of a slab's q, k, v, decay and beta, each with a factor that it still needs, or
     none, from that of its output, E ``[X,c,V]`` (for the delta rule with room for dY below), and
     of the state after it, dS, which is carried to before it."""
-    c, gate = part.c, part.gate
+    c, gate, room = part.c, part.gate, part.room
     D = part.U if part.W is None else part.U.baddbmm_(part.W, S)
     dD, after = _reverse_scan(part, steps, E[:, :c], dS)
     dv = dD
     if part.inverse is not None:
-        dv = torch.bmm(part.inverse.mT, dD)
+        dv = room.bmm("dv", part.inverse.mT, dD)
         E[:, c:] = dv
-    dA, dreads, dwrites = torch.bmm(E, D.mT), torch.bmm(E, S.mT), torch.bmm(D, after.mT)
+    dA, dreads = room.bmm("dA", E, D.mT), room.bmm("dreads", E, S.mT)
+    dwrites = room.bmm("dwrites", D, after.mT)
     drows, dk, ddecay = gate.gradients(part.pairs, dA, dreads, dwrites, S, after)
     dq = (drows[:, :c], part.scale)
     if part.inverse is None:
         return dq, (dk,), (dv,), (ddecay,), ()
     dbeta = torch.mul(part.plain_v, dv, out=part.v).sum(-1)
-    dbeta.sub_((drows[:, c:] * gate.k).sum(-1))
+    dbeta.sub_(torch.mul(drows[:, c:], gate.k, out=room("k dk", gate.k, *gate.k.shape)).sum(-1))
     dk.addcmul_(drows[:, c:], part.beta, value=-1)
     return dq, (dk,), (dv, part.beta), (ddecay,), (dbeta,)
 
@@ -190,9 +193,9 @@ def _reverse_scan(part: Part, steps: list[int], E: Tensor, dS: Tensor) -> tuple[
     """Carry dS back through the slab. Returns the gradients of D and of the states after the
     chunks."""
     c, gate, W = part.c, part.gate, None if part.W is None else part.W.mT
-    dD = torch.bmm(part.pairs[:, :c].mT, E)
-    added = torch.bmm(gate.reads[:, :c].mT, E)
-    after = torch.empty_like(added)
+    dD = part.room.bmm("dD", part.pairs[:, :c].mT, E)
+    added = part.room.bmm("added", gate.reads[:, :c].mT, E)
+    after = part.room("after", added, *added.shape)
     afters = after.split(steps)
     cut = zip(
         afters,

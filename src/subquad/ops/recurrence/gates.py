@@ -22,6 +22,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from subquad.ops.recurrence.plan import Room
+
 
 def blocks(A: Tensor, h: int) -> Tensor:
     """``[X,r,c,c]`` to the lower left ``h`` by ``h`` quarters of its diagonal blocks of 2h:
@@ -89,7 +91,8 @@ class Plain:
 
     whole: Tensor | None = None
 
-    def __init__(self, rows: Tensor, k: Tensor) -> None:
+    def __init__(self, rows: Tensor, k: Tensor, room: Room) -> None:
+        self.room = room
         self.rows = self.reads = rows
         self.k = self.writes = k
         self.c = k.shape[1]
@@ -97,7 +100,7 @@ class Plain:
 
     def pairs(self) -> Tensor:
         """``A [X,r c,c]``, zero where a row does not see."""
-        return torch.bmm(self.rows, self.k.mT).mul_(self._seen())
+        return self.room.bmm("pairs", self.rows, self.k.mT).mul_(self._seen())
 
     def gradients(
         self, A: Tensor, dA: Tensor, dreads: Tensor, dwrites: Tensor, S: Tensor, dS: Tensor
@@ -115,12 +118,13 @@ class Plain:
 class Gated(Plain):
     """What the gates a head and a channel share; ``decay [X,c,D]``."""
 
-    def __init__(self, rows: Tensor, k: Tensor, decay: Tensor) -> None:
-        super().__init__(rows, k)
+    def __init__(self, rows: Tensor, k: Tensor, decay: Tensor, room: Room) -> None:
+        super().__init__(rows, k, room)
         self.start, self.end = decay.exp(), torch.ones_like(decay)
         self._build()
-        self.reads = (self._apart(rows) * self.start[:, None]).view_as(rows)
-        self.writes = k * self.end
+        self.reads = room("reads", rows, *rows.shape)
+        torch.mul(self._apart(rows), self.start[:, None], out=self._apart(self.reads))
+        self.writes = torch.mul(k, self.end, out=room("writes", k, *k.shape))
         self.whole: Tensor = self.start[:, -1:].mT
 
     def gradients(self, A, dA, dreads, dwrites, S, dS):
@@ -155,22 +159,22 @@ class Head(Gated):
     """One gate a head, ``decay [X,c,1]``: the pairs are weighed, after their product."""
 
     def _build(self) -> None:
-        weights = self.k.new_zeros(len(self.k), 1, self.c, self.c)
+        weights = self.room("weights", self.k, len(self.k), 1, self.c, self.c).zero_()
         weights.diagonal(dim1=2, dim2=3).fill_(1)
         for h, fore, back in levels(self.start, self.end):
             torch.mul(fore, back.mT, out=blocks(weights, h)[:, :, 0])
         self.weights = weights
 
     def pairs(self) -> Tensor:
-        return self._weigh(torch.bmm(self.rows, self.k.mT))
+        return self._weigh(self.room.bmm("pairs", self.rows, self.k.mT))
 
     def _pair_gradients(self, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # A pair's b_i - b_j gets dA A; on the diagonal it is 0, whatever the rounding.
-        flow = A * dA
+        flow = torch.mul(A, dA, out=self.room("flow", A, *A.shape))
         flow[:, : self.c].diagonal(dim1=1, dim2=2).zero_()
         db = flow.sum(2).view(-1, self.kinds, self.c).sum(1).sub_(flow.sum(1))[..., None]
         self._weigh(dA)
-        return torch.bmm(dA, self.k), torch.bmm(dA.mT, self.rows), db
+        return self.room.bmm("drows", dA, self.k), self.room.bmm("dk", dA.mT, self.rows), db
 
     def _weigh(self, A: Tensor) -> Tensor:
         self._apart(A).mul_(self.weights)
@@ -208,7 +212,8 @@ class Channel(Gated):
 
     def _pair_gradients(self, A: Tensor, dA: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dA = self._apart(dA)
-        drows, dk = torch.zeros_like(self.rows), torch.zeros_like(self.k)
+        drows = self.room("drows", self.rows, *self.rows.shape).zero_()
+        dk = self.room("dk", self.k, *self.k.shape).zero_()
         for h, row, key, fore, back in self.levels:
             corner = blocks(dA, h).reshape(-1, self.kinds * h, h)
             right, left = self._rights(drows, h), halves(dk, h)[0]
@@ -221,8 +226,9 @@ class Channel(Gated):
         return drows, dk.addcmul_(diagonal, self.rows[:, : self.c]), db
 
 
-def gate_of(rows: Tensor, k: Tensor, decay: Tensor | None) -> Plain:
-    """The gate that fits ``decay [X,c,D]``."""
+def gate_of(rows: Tensor, k: Tensor, decay: Tensor | None, room: Room) -> Plain:
+    """The gate that fits ``decay [X,c,D]``; what it makes lies in ``room``."""
     if decay is None:
-        return Plain(rows, k)
-    return Head(rows, k, decay) if decay.shape[2] == 1 else Channel(rows, k, decay)
+        return Plain(rows, k, room)
+    kind = Head if decay.shape[2] == 1 else Channel
+    return kind(rows, k, decay, room)

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 
 import torch
 from torch import Tensor
 
-SLAB = 2**18  # elements of one chunked tensor of a slab; smaller ones wait more for threads
+SLAB = 2**17  # elements of one chunked tensor of a slab; smaller ones wait more for threads
 
 
 def chunk_limit(width: int) -> int:
@@ -40,6 +41,24 @@ def chunk_count(B: int, T: int, sequences: int | None, width: int) -> int:
     return B * -(-T // c) if sequences is None else T // c + sequences
 
 
+class Room:
+    """Memory that all slabs of a pass use in turn: fresh memory of a megabyte costs as much as the
+    product that fills it."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Memory of this name, of the dtype of ``like``, with whatever it holds."""
+        size, found = prod(shape), self.buffers.get(name)
+        if found is None or found.numel() < size:
+            found = self.buffers[name] = like.new_empty(size)
+        return found[:size].view(shape)
+
+    def bmm(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        return torch.bmm(a, b, out=self(name, a, *a.shape[:2], b.shape[2]))
+
+
 @dataclass(frozen=True)
 class Slab:
     """Some consecutive steps.
@@ -48,6 +67,7 @@ class Slab:
         steps: how many chunks times heads each step holds; their sum is X.
         span: the slice of all chunks times heads that the slab holds.
         chunk: c.
+        room: memory for the work on it.
         tokens: the slice of tokens, where all sequences have all of them; else
         where: int64 ``[X c]``, the row of ``[B T H, ...]`` that each place holds, and
         dead: bool ``[X,c,1]``, True past the end of a sequence.
@@ -56,6 +76,7 @@ class Slab:
     steps: list[int]
     span: slice
     chunk: int
+    room: Room
     tokens: slice | None = None
     where: Tensor | None = None
     dead: Tensor | None = None
@@ -125,6 +146,7 @@ class Plan:
         self.ends = self.starts + lengths
         self.total = sum(self.counts)
         self.capacity = chunk_count(B, T, None if cu is None else self.N, width)
+        self.room = Room()
         self.limit = max(1, SLAB // (self.chunk * width * H))
 
     def sort(self, state: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,7 +179,7 @@ class Plan:
         steps = [n * H for n in counts]
         span = slice(before * H, before * H + sum(steps))
         if last <= self.whole:
-            return Slab(steps, span, c, tokens=slice(first * c, last * c))
+            return Slab(steps, span, c, self.room, tokens=slice(first * c, last * c))
         sizes = torch.tensor(counts, device=self.device)
         step = torch.arange(last - first, device=self.device).repeat_interleave(sizes)
         sequence = torch.arange(len(step), device=self.device) - (sizes.cumsum(0) - sizes)[step]
@@ -166,6 +188,5 @@ class Plan:
         dead = token >= self.ends[sequence, None]
         heads = torch.arange(H, device=self.device)[:, None]
         where = token.masked_fill(dead, 0)[:, None] * H + heads
-        return Slab(
-            steps, span, c, where=where.flatten(), dead=dead.repeat_interleave(H, 0)[..., None]
-        )
+        dead = dead.repeat_interleave(H, 0)[..., None]
+        return Slab(steps, span, c, self.room, where=where.flatten(), dead=dead)
