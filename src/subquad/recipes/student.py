@@ -82,7 +82,9 @@ def _repeated(name: str, found: Tensor, wanted: Tensor, old: Any) -> Tensor | No
 
 def assemble(teacher: CausalLM, config: CausalLMConfig, mixers: Mapping[int, Mixer]) -> CausalLM:
     """The model of ``config`` that shares all with the teacher but the layers of ``mixers``."""
-    made = CausalLM(config)
+    with torch.random.fork_rng([]):  # what a kept layer has anew is part of the result
+        torch.manual_seed(0)
+        made = CausalLM(config)
     made.to(dtype=teacher.dtype)
     for name, child in teacher.named_children():
         if name not in ("layers", "lower_bounds"):
