@@ -39,32 +39,43 @@ SAMPLES = 20
 
 # A layer drawn from random.Random(0) beside the one chosen by score.
 RANDOM = str(random.Random(0).randrange(8))
-LONG = {"length": 4096, "batch": 2}
-# The recipe, its kept layers, the stages run where not all, options of the mixer, of all stages.
+SHORT: dict[str, Any] = {"steps": 300}
+LONG: dict[str, Any] = {"steps": 200, "length": 4096, "batch": 2}
+BRIEF: dict[str, Any] = {"steps": 200}
+LORA = {"lr": 2e-3, "warmup": 20}  # the published rate, 1e-4, is one for 7 B parameters
+# The recipe, its kept layers, the stages run where not all, options of the mixer, what every stage
+# has (set) and what the tuning has (tune) instead of the recipe's own.
 CELLS: dict[str, dict[str, Any]] = {
-    "lolcats": {"recipe": "lolcats"},
-    "lolcats, transfer alone": {"recipe": "lolcats", "only": Transfer},
-    "lolcats, no transfer": {"recipe": "lolcats", "only": Tune},
-    "lolcats, best layer kept": {"recipe": "lolcats", "keep": 1},
-    "lolcats, random layer kept": {"recipe": "lolcats", "keep": RANDOM},
-    "lolcats, best layer kept, 4k texts": {"recipe": "lolcats", "keep": 1, "set": LONG},
-    "gated_deltanet": {"recipe": "gated_deltanet"},
-    "gated_deltanet, best layer kept": {"recipe": "gated_deltanet", "keep": 1},
-    "gated_deltanet, random layer kept": {"recipe": "gated_deltanet", "keep": RANDOM},
-    "gated_deltanet, 3:1": {"recipe": "gated_deltanet", "keep": "3:1"},
+    "lolcats": {"recipe": "lolcats", "set": SHORT, "tune": LORA},
+    "lolcats, transfer alone": {"recipe": "lolcats", "only": Transfer, "set": SHORT},
+    "lolcats, no transfer": {"recipe": "lolcats", "only": Tune, "set": SHORT, "tune": LORA},
+    "lolcats, best layer kept": {"recipe": "lolcats", "keep": 1, "set": SHORT, "tune": LORA},
+    "lolcats, best layer kept, 4k texts": {
+        "recipe": "lolcats", "keep": 1, "set": LONG, "tune": LORA,
+    },
+    "lolcats, random layer kept, 4k texts": {
+        "recipe": "lolcats", "keep": RANDOM, "set": LONG, "tune": LORA,
+    },
+    "gated_deltanet, 4k texts": {"recipe": "gated_deltanet", "set": LONG},
     "gated_deltanet, best layer kept, 4k texts": {
         "recipe": "gated_deltanet", "keep": 1, "set": LONG,
     },
-    "kimi_linear, best layer kept": {"recipe": "kimi_linear", "keep": 1},
-    "hedgehog": {"recipe": "hedgehog"},
-    "hedgehog, elu + 1": {"recipe": "hedgehog", "options": {"feature_map": "elu"}},
-    "hedgehog, relu": {"recipe": "hedgehog", "options": {"feature_map": "relu"}},
-    "hedgehog, best layer kept": {"recipe": "hedgehog", "keep": 1},
-    "lawcat": {"recipe": "lawcat"},
-    "lawcat, best layer kept": {"recipe": "lawcat", "keep": 1},
-    "still": {"recipe": "still"},
-    "still, best layer kept": {"recipe": "still", "keep": 1},
-    "sala, two layers kept": {"recipe": "sala", "keep": 2},
+    "gated_deltanet, random layer kept, 4k texts": {
+        "recipe": "gated_deltanet", "keep": RANDOM, "set": LONG,
+    },
+    "kimi_linear, best layer kept, 4k texts": {"recipe": "kimi_linear", "keep": 1, "set": LONG},
+    "hedgehog": {"recipe": "hedgehog", "set": BRIEF},
+    "hedgehog, elu + 1": {
+        "recipe": "hedgehog", "options": {"feature_map": "elu"}, "set": BRIEF,
+    },
+    "hedgehog, relu": {"recipe": "hedgehog", "options": {"feature_map": "relu"}, "set": BRIEF},
+    "lawcat, best layer kept, 4k texts": {
+        "recipe": "lawcat", "keep": 1, "set": LONG, "tune": LORA,
+    },
+    "still, best layer kept, 4k texts": {
+        "recipe": "still", "keep": 1, "set": LONG, "tune": LORA,
+    },
+    "sala, two layers kept": {"recipe": "sala", "keep": 2, "set": {"steps": 150}},
 }  # fmt: skip
 
 
@@ -100,6 +111,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     asked = {k: getattr(options, k) for k in ("steps", "batch", "length") if getattr(options, k)}
     changes = {**cell.get("set", {}), **asked}
     recipe = create_recipe(cell["recipe"], options=cell.get("options", {}), **changes)
+    recipe = replace(
+        recipe,
+        stages=tuple(
+            replace(s, **cell.get("tune", {})) if isinstance(s, Tune) else s for s in recipe.stages
+        ),
+    )
     if "only" in cell:
         stages = tuple(s for s in recipe.stages if isinstance(s, cell["only"]))
         if cell["only"] is Tune:  # without a transfer, maps and factors learn beside the adapters
