@@ -43,6 +43,7 @@ SHORT: dict[str, Any] = {"steps": 300}
 LONG: dict[str, Any] = {"steps": 200, "length": 4096, "batch": 2}
 BRIEF: dict[str, Any] = {"steps": 200}
 LORA = {"lr": 2e-3, "warmup": 20}  # the published rate, 1e-4, is one for 7 B parameters
+GENTLE = {"lr": 3e-4, "warmup": 20}
 # The recipe, its kept layers, the stages run where not all, options of the mixer, what every stage
 # has (set) and what the tuning has (tune) instead of the recipe's own.
 CELLS: dict[str, dict[str, Any]] = {
@@ -51,10 +52,10 @@ CELLS: dict[str, dict[str, Any]] = {
     "lolcats, no transfer": {"recipe": "lolcats", "only": Tune, "set": SHORT, "tune": LORA},
     "lolcats, best layer kept": {"recipe": "lolcats", "keep": 1, "set": SHORT, "tune": LORA},
     "lolcats, best layer kept, 4k texts": {
-        "recipe": "lolcats", "keep": 1, "set": LONG, "tune": LORA,
+        "recipe": "lolcats", "keep": 1, "set": LONG, "tune": GENTLE,
     },
     "lolcats, random layer kept, 4k texts": {
-        "recipe": "lolcats", "keep": RANDOM, "set": LONG, "tune": LORA,
+        "recipe": "lolcats", "keep": RANDOM, "set": LONG, "tune": GENTLE,
     },
     "gated_deltanet, 4k texts": {"recipe": "gated_deltanet", "set": LONG},
     "gated_deltanet, best layer kept, 4k texts": {
@@ -70,10 +71,10 @@ CELLS: dict[str, dict[str, Any]] = {
     },
     "hedgehog, relu": {"recipe": "hedgehog", "options": {"feature_map": "relu"}, "set": BRIEF},
     "lawcat, best layer kept, 4k texts": {
-        "recipe": "lawcat", "keep": 1, "set": LONG, "tune": LORA,
+        "recipe": "lawcat", "keep": 1, "set": LONG, "tune": GENTLE,
     },
     "still, best layer kept, 4k texts": {
-        "recipe": "still", "keep": 1, "set": LONG, "tune": LORA,
+        "recipe": "still", "keep": 1, "set": LONG, "tune": GENTLE,
     },
     "sala, two layers kept": {"recipe": "sala", "keep": 2, "set": {"steps": 150}},
 }  # fmt: skip
