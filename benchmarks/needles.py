@@ -64,7 +64,10 @@ ROWS = (
     Row("block_topk:topk=64", least=0.95, pairs=0.25),
     Row("flexprefill:gamma=0.85", least=0.95, pairs=0.25),
     Row("quest:budget=800,dense_layers=0", least=0.95, keys=0.10),
+    Row("quest:budget=784,variant=frontier", least=0.95, keys=0.10),
+    Row("quest:budget=784,page=8,dense_layers=0", least=0.95, keys=0.10),
     Row("hip:budget=768,dense_layers=0", least=0.95, pairs=0.25),
+    Row("hip:budget=800,dense_layers=0,representative=center", least=0.95, pairs=0.25),
     Row("snapkv:capacity=850,variant=frontier,window=64", least=0.95, cache=0.12),
     Row("ada_snapkv:capacity=850,variant=frontier,window=64", least=0.95, cache=0.12),
     Row("duo:sparsity=0.8125", least=0.95, cache=0.25),
@@ -117,7 +120,7 @@ def main() -> None:
     left: dict[tuple[int, int], list[Part]] = {}
     for part in sorted(
         {part for row in rows for part in parts(row, options.samples)},
-        key=lambda part: (part.length != TRAINED, part.length, part.seed),
+        key=lambda part: (part.length != TRAINED, part.seed, part.length),
     ):
         if not (options.work / part.file).exists():
             left.setdefault((part.length, part.seed), []).append(part)

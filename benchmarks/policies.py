@@ -68,10 +68,10 @@ def main() -> None:
     gate()
     rows: list[dict[str, Any]] = []
     for T in lengths:
-        rows += prefill(T, sizes, device, dtype, repeats=3 if options.quick else 10)
+        rows += prefill(T, sizes, device, dtype, repeats=3 if options.quick else 5)
     model = random_model(sizes, max(lengths) + 64, device, dtype)
     for T in lengths:
-        rows += decode(model, sizes, T, device, steps=8 if options.quick else 32)
+        rows += decode(model, sizes, T, device, steps=8 if options.quick else 16)
     out = options.out or (None if options.quick else RESULTS / "policies.json")
     if out is not None:
         write_json(out, {"made": machine(), "sizes": sizes, "dtype": str(dtype), "rows": rows})

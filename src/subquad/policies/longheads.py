@@ -161,8 +161,9 @@ class LongHeads(Policy):
             choice = self._choose(call, q[0], m - tail, free)
             used, index = choice.unique(return_inverse=True)
             k, v = self._chunks(call, used)
-            turned = [call.rotate(q, (tail + i) * l + r)[0] for i in reversed(range(free))]
-            parts.append(dispatch(torch.stack(turned, 2), index, k, v, scale=call.scale))
+            away = torch.arange(tail + free - 1, tail - 1, -1, device=q.device)[:, None] * l + r
+            turned = call.rotate(q.expand(free, -1, -1, -1), away).permute(1, 2, 0, 3)
+            parts.append(dispatch(turned, index, k, v, scale=call.scale))
         blind = n * (self.exclude_self and call.q.shape[1] > 1)
         call.count(call.site.heads * (n * (chosen - 1) * l + int(r.sum()) + n - blind))
         return merge([(o[None], lse[None]) for o, lse in parts])[0][0]

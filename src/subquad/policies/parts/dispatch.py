@@ -48,7 +48,8 @@ def dispatch(
     of = of // C * G // H * C + of % C
     k, v = (x.movedim(2, 0).flatten(0, 1).to(wide) for x in (k, v))
     o, lse = rows.new_empty(total, tile, V), rows.new_empty(total, tile, 1)
-    step = max(1, AT_ONCE // (tile * length + 2 * length * K))
+    most = AT_ONCE * 16 if q.is_cuda else AT_ONCE
+    step = max(1, most // (tile * length + 2 * length * K))
     for i in range(0, total, step):
         here = slice(i, i + step)
         keys, values = (x.index_select(0, of[here]) for x in (k, v))
