@@ -13,6 +13,7 @@ tile, C, BEFORE, WINDOW as in :class:`~subquad.ops.kernel_attention.exact.Band`.
 import triton
 import triton.language as tl
 
+SIZES = ["T", "S", "H", "G", "offset", "C", "BEFORE", "WINDOW"]  # none costs a compilation
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -26,25 +27,24 @@ def _tile(X, rows, n, stride, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _near(t, j, T, offset, C: tl.constexpr, BEFORE: tl.constexpr, WINDOW: tl.constexpr):
+def _near(t, j, T, offset, C, BEFORE, WINDOW):
     """bool, t and j one a row and the other a column, whether key j is near query t."""
     i = t + offset
     return (j <= i) & (i - j < WINDOW) & (j >= offset + (t // C - BEFORE) * C) & (t < T)
 
 
 @triton.jit
-def _first(t, offset, C: tl.constexpr, BEFORE: tl.constexpr, WINDOW: tl.constexpr):
+def _first(t, offset, C, BEFORE, WINDOW):
     """The first key column that query row t may see."""
     return tl.maximum(0, offset + tl.maximum((t // C - BEFORE) * C, t - WINDOW + 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def near_forward(
-    Q, K_, V_, QI, KI, N, DEN, TOP, ARG, scale, T, S, H, G, offset,
+    Q, K_, V_, QI, KI, N, DEN, TOP, ARG, scale, T, S, H, G, offset, C, BEFORE, WINDOW,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sqi, ski,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr,
-    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     r, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     Q += r * sqb + h * sqh
@@ -86,13 +86,12 @@ def near_forward(
     tl.store(ARG + row, arg, mask=t < T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def near_queries(
-    Q, K_, V_, QI, KI, DN, DD, TOP, ARG, SUM, DQ, scale, T, S, H, G, offset,
+    Q, K_, V_, QI, KI, DN, DD, TOP, ARG, SUM, DQ, scale, T, S, H, G, offset, C, BEFORE, WINDOW,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sqi, ski,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr,
-    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of q; DN, DQ ``[R,T,H,.]``, DD, TOP, ARG, SUM ``[R,T,H]``."""
     r, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
@@ -130,13 +129,12 @@ def near_queries(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def near_keys(
-    Q, K_, V_, QI, KI, DN, DD, TOP, ARG, SUM, DK, DV, scale, T, S, H, G, offset,
+    Q, K_, V_, QI, KI, DN, DD, TOP, ARG, SUM, DK, DV, scale, T, S, H, G, offset, C, BEFORE, WINDOW,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sqi, ski,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr, BEFORE: tl.constexpr,
-    WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of k and v of each query head, DK and DV ``[R,S,H,.]``; tiles have keys as
     rows."""

@@ -42,11 +42,11 @@ def _launch(kernel, q, k, v, q_ids, k_ids, tensors, sizes, scale: float, over: i
     wide, forward = q.dtype == torch.float32, kernel is kernels.near_forward
     BK, BV = (max(LEAST, triton.next_power_of_2(n)) for n in (K, V))
     kernel[(triton.cdiv(over, TILE), R * H)](
-        q, k, v, q_ids, k_ids, *tensors, scale, T, S, H, G, S - T,
+        q, k, v, q_ids, k_ids, *tensors, scale, T, S, H, G, S - T, *sizes,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         *(0 if len(x) == 1 else x.stride(0) for x in (q_ids, k_ids)),
-        K=K, V=V, BK=BK, BV=BV, BM=TILE, BN=TILE, C=sizes[0], BEFORE=sizes[1], WINDOW=sizes[2],
-        PRECISION="ieee" if wide else "tf32", num_warps=4 if max(K, V) <= 64 else 8,
+        K=K, V=V, BK=BK, BV=BV, BM=TILE, BN=TILE,
+        PRECISION="tf32x3" if wide else "tf32", num_warps=4 if max(K, V) <= 64 else 8,
         num_stages=2 if forward else 1,
     )  # fmt: skip
 
