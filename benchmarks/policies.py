@@ -67,14 +67,20 @@ def main() -> None:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     gate()
     rows: list[dict[str, Any]] = []
+    out = options.out or (None if options.quick else RESULTS / "policies.json")
+
+    def keep() -> None:
+        if out is not None:
+            write_json(out, {"made": machine(), "sizes": sizes, "dtype": str(dtype), "rows": rows})
+
     for T in lengths:
         rows += prefill(T, sizes, device, dtype, repeats=3 if options.quick else 5)
     model = random_model(sizes, max(lengths) + 64, device, dtype)
+    keep()
     for T in lengths:
         rows += decode(model, sizes, T, device, steps=8 if options.quick else 16)
-    out = options.out or (None if options.quick else RESULTS / "policies.json")
+        keep()
     if out is not None:
-        write_json(out, {"made": machine(), "sizes": sizes, "dtype": str(dtype), "rows": rows})
         print(out)
 
 
@@ -143,13 +149,17 @@ def prefill(
             print(f"prefill {T:>9,}  {name}: not in this version")
             continue
         tally, made = Tally(), call(chosen, q, k, v)
-        took = best(lambda chosen=chosen, made=made: chosen.prefill(made), repeats, q.device)
-        chosen.prefill(call(chosen, q, k, v, tally))
+        row = {"phase": "prefill", "tokens": T, "policy": text(T)}
+        try:
+            took = best(lambda chosen=chosen, made=made: chosen.prefill(made), repeats, q.device)
+            chosen.prefill(call(chosen, q, k, v, tally))
+        except RuntimeError as error:  # out of memory, say: the other policies' rows still count
+            print(f"prefill {T:>9,}  {text(T)}: {str(error).splitlines()[0]}")
+            rows.append({**row, "failed": str(error)[:300]})
+            continue
         share = tally.prefill.attended / made.visible()
         show("prefill", T, text(T), took, peer, f"{share:.1%} of pairs")
-        rows.append(
-            {"phase": "prefill", "tokens": T, "policy": text(T), "seconds": took, "pairs": share}
-        )
+        rows.append({**row, "seconds": took, "pairs": share})
     return rows
 
 
