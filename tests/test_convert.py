@@ -21,6 +21,7 @@ import subquad
 from subquad.recipes import RECIPES, choose, create_recipe, student
 from subquad.recipes.base import Transfer, Tune
 from subquad.recipes.teacher import import_decoder
+from subquad.recipes.texts import Texts
 from subquad.tasks import create_task
 
 SIZES = {
@@ -218,6 +219,18 @@ def test_the_layer_whose_replacement_costs_most_is_kept():
     found = {l: {"score": s} for l, s in enumerate((0.1, 0.7, 0.3, 0.7))}
     assert choose.best(found, 1) == [1]
     assert choose.best(found, 3) == [1, 2, 3]
+
+
+def test_a_layer_that_loses_nothing_scores_nothing():
+    made = import_decoder(teacher())
+    recipe = create_recipe("lolcats", options={"window": 4}, length=48)
+    wide = create_recipe("lolcats", options={"window": 64}, length=48)
+    mixers = {l: student.twin(made, student.plan(made, recipe, []), l) for l in (0, 2)}
+    mixers[1] = student.twin(made, student.plan(made, wide, []), 1)
+    found = choose.scores(made, mixers, recipe, Texts(texts(), None))
+    assert abs(found[1]["recall"]) < 1e-5
+    assert min(found[l]["recall"] for l in (0, 2)) > 1e-3
+    assert choose.best(found, 2) == [0, 2]
 
 
 class TestRefused:
