@@ -94,6 +94,16 @@ def test_compiles_to_one_graph_and_exports():
     torch.testing.assert_close(torch.export.export(layer, args).module()(*args), want)
 
 
+@pytest.mark.parametrize(("decay", "delta"), [("none", False), ("head", True), ("channel", True)])
+def test_is_a_well_formed_operation(decay, delta):
+    from subquad.ops.recurrence.triton import op
+
+    x = Case(decay, delta, T=130, state=True).draw("cuda")
+    names = ("q", "k", "v", "decay", "beta", "state")
+    leaves = [None if x[n] is None else x[n].requires_grad_() for n in names]
+    torch.library.opcheck(op._forward, (*leaves, None, 0.1))
+
+
 def test_decode_in_a_cuda_graph():
     from subquad.ops.recurrence.triton.decode import decode_layer
 
