@@ -99,6 +99,10 @@ def main() -> None:
                 rows.append({"T": T, "layout": layout or "all keys", "by": name, "memory": "out"})
             print(rows[-1], flush=True)
             torch.cuda.empty_cache()
+            write(out, checked, rows)
+
+
+def write(out: Path, checked: dict[str, float], rows: list[dict[str, Any]]) -> None:
     found = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": "bfloat16",
         "shape": SHAPE, "errors": checked, "rows": rows,
