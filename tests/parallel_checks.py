@@ -149,7 +149,7 @@ def recurrent(T, *, decay=None, delta=False, state=True, N=B, rows=B, kv=H, vs=H
 
 @check
 def lasp2_every_decay_and_the_delta_rule(groups):
-    for here in within(groups):
+    for here in within(groups, (4, 3)):
         for decay in (None, "constant", "head", "channel"):
             for delta in (False, True):
                 for state in (False, True):
