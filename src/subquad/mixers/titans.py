@@ -46,7 +46,8 @@ class Titans(Mixer):
         chunk: tokens whose gradients are taken at the same weights; None takes all at the first.
         step: tokens that make one step of momentum and forgetting; divides ``chunk``.
         read: whether a token reads the memory "after" or "before" it is written.
-        lr_max: the largest step size (it starts at 0.018 of it).
+        lr_max: the largest step size (it starts at 0.12 of it); where None, 0.1, and 0.01 for a
+            residual network, whose norm makes its gradients steeper.
         momentum, forget: whether there are such gates.
         conv_size: kernel of the short convolutions of q, k and v; 0 for none.
         persistent: learned tokens in front (not in "library").
@@ -71,7 +72,7 @@ class Titans(Mixer):
         chunk: int | None = 16,
         step: int = 1,
         read: str = "after",
-        lr_max: float = 0.5,
+        lr_max: float | None = None,
         momentum: bool = True,
         forget: bool = True,
         conv_size: int = 4,
@@ -98,6 +99,8 @@ class Titans(Mixer):
             checks.positive("chunk", chunk)
             checks.divides("step", step, "chunk", chunk)
         checks.one_of("read", read, ("after", "before"))
+        residual = depth > 1 if residual is None else residual
+        lr_max = (0.01 if residual else 0.1) if lr_max is None else lr_max
         if not lr_max > 0:
             raise ValueError(f"lr_max must be positive, got {lr_max}")
         if activation is not None:
@@ -107,7 +110,7 @@ class Titans(Mixer):
         self.variant, library = variant, variant == "library"
         options: dict[str, Any] = {
             "dim": dim, "heads": heads, "head_dim": head_dim, "depth": depth, "expand": expand,
-            "residual": depth > 1 if residual is None else residual, "chunk": chunk, "step": step,
+            "residual": residual, "chunk": chunk, "step": step,
             "read": read, "lr_max": lr_max, "momentum": momentum, "forget": forget,
             "conv_size": 0 if library else conv_size, "norm_eps": norm_eps,
         }  # fmt: skip

@@ -79,14 +79,17 @@ class NeuralMemory(nn.Module):
         self._output(dim, inner, norm_eps)
 
     def _gates(self, dim: int, heads: int) -> None:
-        """The step size, the momentum and the forgetting, a number a head; alpha starts at 0.02,
-        as at one half, the default, a few tokens would forget everything; theta as low, since alike
-        tokens of a chunk add up, and the memory would diverge before it had learned to choose."""
-        self.lr_proj = _gate(dim, heads, -4.0)
+        """The step size, the momentum and the forgetting, a number a head.
+
+        theta starts low, since alike tokens of a chunk add up. So does alpha: at a half a few
+        tokens would forget everything, and a normed network whose weights fade has gradients that
+        grow as they do.
+        """
+        self.lr_proj = _gate(dim, heads, -2.0)
         if self.momentum:
             self.momentum_proj = _gate(dim, heads, 0.0)
         if self.forget:
-            self.forget_proj = _gate(dim, heads, -4.0)
+            self.forget_proj = _gate(dim, heads, -7.0)
 
     def _output(self, dim: int, inner: int, norm_eps: float) -> None:
         self.g_proj = nn.Linear(dim, inner, bias=False)
