@@ -117,10 +117,12 @@ def times(device: str) -> Cells:
 
 
 def timing(entry: str, side: int, device: str) -> Row:
-    """Milliseconds an image of a forward pass, and of a training step, in bfloat16 on a GPU; the
-    median of ten after three that do not count, each a batch of 8."""
+    """Milliseconds an image of a forward pass, and of a training step: on a GPU in bfloat16, the
+    median of ten batches of 8 after three that do not count; on a CPU the best of three images
+    after one."""
     model = build(entry, side, device, dims=[192], heads=[6], depths=[4], mlp_ratio=4.0)
-    x = torch.randn(8, 1, PATCH * side, PATCH * side, device=device)
+    batch = 8 if device == "cuda" else 1
+    x = torch.randn(batch, 1, PATCH * side, PATCH * side, device=device)
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
     def forward() -> None:
@@ -192,30 +194,38 @@ def reading(normalizer: str | None, phi: Callable[[Tensor], Tensor], K: int = 16
 
 
 def seconds(run: Callable[[], None], device: str) -> float:
-    found = []
-    for i in range(13):
-        if device == "cuda":
+    cuda, found = device == "cuda", []
+    unseen, seen = (3, 10) if cuda else (1, 3)
+    for i in range(unseen + seen):
+        if cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
         run()
-        if device == "cuda":
+        if cuda:
             torch.cuda.synchronize()
-        if i >= 3:
+        if i >= unseen:
             found.append(time.perf_counter() - start)
-    return median(found)
+    # Others share a CPU, and only ever add to a time.
+    return median(found) if cuda else min(found)
+
+
+def complete(rows: dict[str, Row], sides: tuple[int, ...]) -> tuple[int, ...]:
+    """The sides that every entry was measured at."""
+    return tuple(s for s in sides if all(f"{entry} | {s}" in rows for entry in ENTRIES))
 
 
 def crossing(rows: dict[str, Row], entry: str, what: str) -> float | None:
     """Tokens from which ``entry`` stays faster than softmax, between two measured resolutions by a
     straight line in logarithms; None where it is not faster at the end, 0 where it always is."""
-    gap = [math.log(rows[f"{entry} | {s}"][what] / rows[f"{BASELINE} | {s}"][what]) for s in TIMED]
+    sides = complete(rows, TIMED)
+    gap = [math.log(rows[f"{entry} | {s}"][what] / rows[f"{BASELINE} | {s}"][what]) for s in sides]
     if gap[-1] >= 0:
         return None
     last = max((i for i, g in enumerate(gap) if g >= 0), default=-1)
     if last < 0:
         return 0.0
     part = gap[last] / (gap[last] - gap[last + 1])
-    a, b = (math.log(TIMED[i] ** 2) for i in (last, last + 1))
+    a, b = (math.log(sides[i] ** 2) for i in (last, last + 1))
     return math.exp(a + part * (b - a))
 
 
@@ -257,19 +267,19 @@ def accuracy_words(rows: dict[str, Row]) -> list[str]:
         "steps of 60 images, three blocks of width 64, patch 2, equal steps and rates, one seed "
         "(a digit is 0.3%); columns are the tokens of an image:",
         "",
-        *table(rows, "accuracy", SIDES, ".3f"),
+        *table(rows, "accuracy", complete(rows, SIDES), ".3f"),
     ]
 
 
 def time_words(rows: dict[str, Row]) -> list[str]:
     lines = [
-        "Milliseconds an image of a forward pass, four blocks of width 192, six heads, batch 8, "
-        "bfloat16:",
+        "Milliseconds an image of a forward pass, four blocks of width 192, six heads (on a GPU in "
+        "bfloat16, batch 8; on a CPU in float32, one image):",
         "",
-        *table(rows, "forward", TIMED, ".3f"),
+        *table(rows, "forward", complete(rows, TIMED), ".3g"),
         "and of a training step:",
         "",
-        *table(rows, "training", TIMED, ".3f"),
+        *table(rows, "training", complete(rows, TIMED), ".3g"),
         "Tokens from which each is faster than softmax (PyTorch's fused kernel), by a line between "
         "two measured resolutions:",
         "",
@@ -322,8 +332,8 @@ def draw(found: dict[str, Any]) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.8))
     for axis, what in zip(axes, ("forward", "training", "accuracy"), strict=False):
-        sides = SIDES if what == "accuracy" else TIMED
         rows = found["accuracy" if what == "accuracy" else "time"]
+        sides = complete(rows, SIDES if what == "accuracy" else TIMED)
         for i, entry in enumerate(ENTRIES):
             tokens = [s * s for s in sides]
             values = [rows[f"{entry} | {s}"][what] for s in sides]
@@ -349,6 +359,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--path", help="of the images; scikit-learn's digits where left out")
+    parser.add_argument("--share", default="0/1", help="i/n: every n-th missing cell from the i-th")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     found: dict[str, Any] = {"made": {}, "accuracy": {}, "transfer": {}, "time": {}, "reading": {}}
@@ -360,11 +371,12 @@ def main() -> None:
     if asked.part in ("accuracy", "transfer"):
         draws = accuracies if asked.part == "accuracy" else transfers
         cells = draws(asked.device, asked.path, asked.steps)
-    for name, cell in cells:
-        if name not in found[asked.part]:
-            found[asked.part][name] = cell()
-            found["made"][asked.part] = machine()
-            write_json(asked.results, found)
+    first, processes = map(int, asked.share.split("/"))
+    missing = [cell for cell in cells if cell[0] not in found[asked.part]]
+    for name, cell in missing[first::processes]:
+        found[asked.part][name] = cell()
+        found["made"][asked.part] = machine()
+        write_json(asked.results, found)
         print(asked.part, "|", name, "|", found[asked.part][name], flush=True)
     return None
 
