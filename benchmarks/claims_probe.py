@@ -186,7 +186,10 @@ def table(name: str, found: dict[str, Row]) -> list[str]:
     lines += ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
     for entry, row in found.items():
         cells = (row.get(c, "") for c in columns)
-        shown = (f"{c:.3g}" if isinstance(c, float) else f"{c:,}" if c != "" else c for c in cells)
+        shown = (
+            f"{c:.3g}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) else c
+            for c in cells
+        )
         lines.append(f"| {entry} | " + " | ".join(shown) + " |")
     return [*lines, ""]
 

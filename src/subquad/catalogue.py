@@ -229,7 +229,7 @@ _CARDS = (
         family="kernel regression",
         kind="mixer",
         home="subquad.mixers.lla:LLA",
-        evidence=("facts",),
+        evidence=("facts", "claim"),
     ),
     System(
         key="gla",
