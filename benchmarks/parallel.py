@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
@@ -41,6 +42,7 @@ from subquad.parallel.ulysses import ulysses, ulysses_recurrence
 # A relative error in the Frobenius norm, of the split run over the whole one's in the same dtype
 # against float64: both round, so the split may be somewhat worse, not another number.
 WORSE, FLOOR = 3.0, {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+QUICK = ("lasp2 head plain", "lasp2 head delta", "ring", "ulysses", "gather")
 MODELS = {
     "gated_deltanet": ("gated_deltanet", {}),
     "softmax, ring": ("softmax", {"attention": "ring"}),
@@ -54,8 +56,9 @@ def error(found, exact) -> float:
     return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
-def gate_ops(device) -> list[dict]:
-    """Every operation on two GPUs, and on one, against one in float64."""
+def gate_ops(device, quick: bool) -> Iterator[dict]:
+    """Every operation on two GPUs, and on one, against one in float64; quick: a few, in bfloat16,
+    for kernels take a while to compile."""
     B, T, H, G, D = 1, 1024, 4, 2, 64
     cu = torch.tensor([0, 300, 301, 700, T], dtype=torch.int32, device=device)
     cases = []
@@ -68,10 +71,13 @@ def gate_ops(device) -> list[dict]:
     for name, run in (("ring", ring), ("ulysses", ulysses), ("gather", gathered)):
         cases.append((name, run, None, False, None))
         cases.append((f"{name} packed", run, None, False, cu))
-    return [judge(*case, B, T, H, G, D, device) for case in cases]
+    dtypes = (torch.bfloat16,) if quick else (torch.float32, torch.bfloat16)
+    for case in cases:
+        if not quick or case[0] in QUICK:
+            yield judge(*case, B, T, H, G, D, device, dtypes)
 
 
-def judge(name, run, decay, delta, cu, B, T, H, G, D, device) -> dict:
+def judge(name, run, decay, delta, cu, B, T, H, G, D, device, dtypes) -> dict:
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(*shape):
@@ -97,7 +103,7 @@ def judge(name, run, decay, delta, cu, B, T, H, G, D, device) -> dict:
     keep = {"decay", "beta", "state"}  # in float32 at least, as layers have them
     worst, ok = {}, True
     exact = outcome(alone, x, do, options, torch.float64, keep)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         one = outcome(alone, x, do, options, dtype, keep)
         world = dist.group.WORLD
         mine = {n: t if n in shared else parallel.split(t, mesh=world) for n, t in x.items()}
@@ -231,6 +237,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--seconds", type=float, default=240.0, help="start nothing new after")
+    parser.add_argument("--quick", action="store_true", help="a short gate, in bfloat16 alone")
     options = parser.parse_args()
     began = time.monotonic()
     rank = int(os.environ["LOCAL_RANK"])
@@ -255,12 +262,15 @@ def main() -> int:
             out.mkdir(parents=True, exist_ok=True)
             (out / "parallel.json").write_text(json.dumps(results, indent=1) + "\n")
 
-    results["gate"] = gate_ops(device)
+    def judged(row):
+        results["gate"].append(row)
+        say("ok " if row["ok"] else "BAD", json.dumps(row, default=str)[:230], flush=True)
+
+    for row in gate_ops(device, options.quick):
+        judged(row)
     for name, (layers, kinds) in MODELS.items() if gpu else ():
-        results["gate"].append(gate_model(name, layers, kinds, device))
+        judged(gate_model(name, layers, kinds, device))
         torch.cuda.empty_cache()
-    for row in results["gate"]:
-        say("ok " if row["ok"] else "BAD", json.dumps(row, default=str)[:230])
     held = torch.tensor(float(all(row["ok"] for row in results["gate"])), device=device)
     dist.all_reduce(held, dist.ReduceOp.MIN)
     if not held or not gpu:
@@ -290,7 +300,7 @@ def main() -> int:
             row = {"model": name, **row, "peak_gib": float(peak)}
             results["rows"].append(row)
             say(f"{name:20s} {row['gpus']:4d} {row['tokens_per_second']:10.0f} "
-                f"{row['peak_gib']:6.2f} {row['sent_mib']:9.1f}")  # fmt: skip
+                f"{row['peak_gib']:6.2f} {row['sent_mib']:9.1f}", flush=True)  # fmt: skip
             write()
     say(f"{time.monotonic() - began:.0f} s")
     dist.destroy_process_group()
