@@ -26,7 +26,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, scale: float, backend: str | None
 ) -> Part:
     """``o [B,T,H,V]`` and ``lse [B,T,H]`` over the keys of the block."""
-    if flash(q, v, mask, backend):
+    if flash(q, k, v, mask, backend):
         o, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             *(x.transpose(1, 2) for x in (q, k, v)), 0.0, mask is not None, scale=scale
         )
@@ -48,25 +48,31 @@ def backward(
         rows: do, dlse (or None), q, o, lse of the queries; keys: k, v.
     """
     (do, dlse, q, o, lse), (k, v) = rows, keys
-    if flash(q, v, mask, backend) and dlse is None:
+    if flash(q, k, v, mask, backend) and dlse is None:
         return _flash_backward(do, q, k, v, o, lse, mask is not None, scale)
     run = _module(q, k, v, mask, backend)
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     return run.backward(do, dlse, q, k, v, o, lse, mask or masks.full(), scale, 0)
 
 
-def flash(q: Tensor, v: Tensor, mask: Mask | None, backend: str | None) -> bool:
+def flash(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, backend: str | None) -> bool:
     """Whether the vendor's kernel takes the block."""
     K, V = q.shape[3], v.shape[3]
-    return (
-        backend in (None, "sdpa")
-        and q.device.type == "cuda"
+    fits = (
+        q.device.type == "cuda"
         and q.dtype in (torch.float16, torch.bfloat16)
         and K == V
         and K % 8 == 0
         and K <= 256
         and (mask is None or mask == masks.causal())
     )
+    if not fits:
+        return False
+    asked = request(
+        T=q.shape[1], S=k.shape[1], H=q.shape[2], K=K, device="cuda", dtype=q.dtype, mask=mask,
+        offset=0,
+    )  # fmt: skip
+    return choose("attention", BACKENDS, asked, backend).name == "sdpa"
 
 
 def _flash_backward(do, q, k, v, o, lse, causal: bool, scale: float):
