@@ -345,9 +345,11 @@ def draw(found: dict[str, Any]) -> None:
             if at and entry != BASELINE:
                 axis.axvline(at, color=f"C{i}", ls=":", lw=1)
         axis.set(xscale="log", xlabel="tokens", title=what)
+        axis.set_xticks([s * s for s in sides], [f"{s}²" for s in sides], minor=False)
+        axis.set_xticks([], minor=True)
         if what != "accuracy":
             axis.set(yscale="log", ylabel="ms an image")
-    axes[2].legend(fontsize=7)
+    axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     FIGURE.parent.mkdir(exist_ok=True)
     figure.savefig(FIGURE, metadata={"Date": None})
