@@ -61,7 +61,7 @@ SIZES = (
     *(f"gated_deltanet[head_dim={d}]" for d in (8, 16, 32)),
     "softmax",
 )
-LINEAR = ("retnet[head_dim=16]", "gla[expand_k=0.25]", "gated_deltanet[head_dim=16]")
+LINEAR = ("retnet[head_dim=16]", "gated_deltanet[head_dim=16]")
 RATIOS = {"none": "{0}*4", "3:1": "{0}*3 softmax", "1:1": "{0} softmax {0} softmax"}
 
 

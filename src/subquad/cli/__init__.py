@@ -1,6 +1,6 @@
 """The command line. One function a command; whatever is heavy is imported by the command."""
 
 from subquad.cli import analysis, catalogue, convert, pretrained, training, tuning
-from subquad.cli.app import app, main
+from subquad.cli.shared import app, main
 
 __all__ = ["analysis", "app", "catalogue", "convert", "main", "pretrained", "training", "tuning"]

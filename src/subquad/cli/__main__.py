@@ -1,3 +1,6 @@
+"""``python -m subquad.cli``."""
+
 from subquad.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from subquad.cli.app import app, console, dtype_of, escape
+from subquad.cli.shared import app, console, dtype_of, escape
 
 
 @app.command()

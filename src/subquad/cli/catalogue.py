@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from subquad.cli.app import app, console, dtype_of, escape
+from subquad.cli.shared import app, console, dtype_of, escape
 
 if TYPE_CHECKING:
     from subquad.catalogue import System

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from subquad.cli.app import app, console, escape, progress
+from subquad.cli.shared import app, console, escape, progress
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from subquad.cli.app import app, console, dtype_of, progress
+from subquad.cli.shared import app, console, dtype_of, progress
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from subquad.cli.app import app, console, progress
+from subquad.cli.shared import app, console, progress
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from subquad.cli.app import app, console, dtype_of
+from subquad.cli.shared import app, console, dtype_of
 
 
 @app.command()
