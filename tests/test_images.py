@@ -131,9 +131,10 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_bad_files_are_refused(folder, tmp_path):
-    (folder / "red" / "0.png").write_bytes(b"no png")
+    for file in (folder / "red").iterdir():  # all of one class: a batch cannot miss them
+        file.write_bytes(b"no png")
     task = create_task("images", path=folder, size=4)
-    with pytest.raises(ValueError, match=r"0\.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"\.png cannot be read as an image"):
         task.batch(60, 0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="path must hold images"):
