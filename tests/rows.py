@@ -327,6 +327,21 @@ ROWS = [
             ("rala", "softmax", {"attention": "softmax"}),
             ("soft", "", {"ratio": 2}),
             ("soft", "soft", {"ratio": 3, "variant": "soft", "conv_size": 0}),
+            ("sla", "", {"block": 4, "topk": 0.3, "negligible": 0.2}),
+            (
+                "sla",
+                "main",
+                {
+                    "block": 4,
+                    "query_block": 8,
+                    "topk": 0.3,
+                    "variant": "main",
+                    "feature_map": "relu",
+                    "kv_heads": 1,
+                    "qk_norm": True,
+                    "bias": True,
+                },
+            ),
         )
     ],
     Row(

@@ -337,6 +337,18 @@ _CARDS = (
         evidence=("facts",),
     ),
     System(
+        key="sla",
+        name="SLA",
+        paper="SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear "
+        "Attention",
+        arxiv="2509.24006",
+        family="diffusion",
+        kind="mixer",
+        home="subquad.mixers.sla:SLA",
+        causal=False,
+        evidence=("facts",),
+    ),
+    System(
         key="titans",
         name="Titans",
         paper="Titans: Learning to Memorize at Test Time",
