@@ -156,6 +156,53 @@ def test_gradients_at_the_start():
         assert g.abs().max() == 0
 
 
+def test_toy_fit():
+    """Three layers learn what softmax attention reads; a fifth of the pairs is left to two."""
+    torch.manual_seed(0)
+    teacher = create_mixer("softmax", dim=32, heads=1, causal=False, rope_theta=None)
+    with torch.no_grad():
+        for p in (teacher.q_proj.weight, teacher.k_proj.weight):
+            p.mul_(2.5)
+    students, errors = {}, {}
+    for name in ("both", "sparse", "linear"):
+        made = create_mixer("sla", dim=32, heads=1, block=16, topk=0.2, negligible=0.0)
+        made.load_state_dict(teacher.state_dict(), strict=False)
+        if name == "sparse":
+            made.linear_proj.requires_grad_(False)
+        if name == "linear":
+            torch.nn.init.eye_(made.linear_proj.weight)
+            made.choose = lambda q, k, own=made.choose: nothing_critical(*own(q, k))
+        learns = [p for p in made.parameters() if p.requires_grad]
+        students[name] = made, torch.optim.Adam(learns, 1e-3)
+    for step in range(200):
+        x = images(4, step)
+        with torch.no_grad():
+            want = teacher(x)[0]
+        for name, (made, optimizer) in students.items():
+            error = (made(x)[0] - want).square().mean() / want.square().mean()
+            optimizer.zero_grad()
+            error.backward()
+            optimizer.step()
+            errors.setdefault(name, []).append(error.item())
+    last = {name: sum(e[-20:]) / 20 for name, e in errors.items()}
+    assert last["both"] < 0.9 * last["sparse"], last
+    assert last["both"] < 0.9 * last["linear"], last
+
+
+def nothing_critical(index, rest):
+    return torch.full_like(index, -1), torch.ones_like(rest)
+
+
+def images(n, seed):
+    """Tokens of 16 x 16 images that vary slowly, ``[n,256,32]``."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(n, 32, 4, 4, generator=g)
+    x = F.interpolate(coarse, (16, 16), mode="bilinear") + 0.3 * torch.randn(
+        n, 32, 16, 16, generator=g
+    )
+    return x.flatten(2).mT
+
+
 @pytest.mark.parametrize("T", [1, 8, 9, 200])
 def test_counts(T):
     made = mixer(topk=0.05, negligible=0.1)

@@ -28,6 +28,7 @@ _HOMES = {
     "apply": "subquad.policies.hook",
     "backend": "subquad.ops.backend",
     "convert": "subquad.recipes.run",
+    "create_diffusion_model": "subquad.models.diffusion.presets",
     "create_model": "subquad.models.presets",
     "create_mixer": "subquad.mixers.base",
     "create_task": "subquad.tasks",

@@ -23,6 +23,7 @@ from subquad.ops import checks
 if TYPE_CHECKING:
     from subquad.mask import Mask
     from subquad.models.config import CausalLMConfig
+    from subquad.models.diffusion import DiTConfig
     from subquad.models.vision import VisionConfig
 
 _NAMED = re.compile(r"(?P<name>\w+)(?:\[(?P<options>[^\[\]]*)\])?")
@@ -110,6 +111,14 @@ def vision(text: str, *, dim: int, depth: int, heads: int, **config: Any) -> Vis
     layers = read.layers if isinstance(read.layers, str) else " ".join(read.layers)
     sizes: dict[str, Any] = {"dims": [dim], "depths": [depth], "heads": [heads]}
     return VisionConfig(layers=layers, mixers=read.mixers, stem="patch", **sizes, **config)
+
+
+def diffusion(text: str, *, dim: int, depth: int, **config: Any) -> DiTConfig:
+    """The same names as the configuration of a diffusion transformer."""
+    from subquad.models.diffusion import DiTConfig
+
+    read = model(text, dim=dim, depth=depth)
+    return DiTConfig(layers=read.layers, mixers=read.mixers, dim=dim, depth=depth, **config)
 
 
 def _pattern(text: str, presets: list[str]) -> tuple[str, dict[str, dict[str, Any]]]:

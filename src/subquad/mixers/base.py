@@ -85,11 +85,13 @@ class Mixer(nn.Module):
         causal: whether y at t depends on x up to t only.
         past: names of the state's tensors that hold one entry per token (see ``State.past``).
         FOREIGN: other libraries' parameter names, where they differ, to ours (see ``translate``).
+        ADDED: parameters that add nothing at first, so that a model without them may be taken over.
     """
 
     causal: bool = True
     past: tuple[str, ...] = ()
     FOREIGN: ClassVar[Mapping[str, str]] = {}
+    ADDED: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, dim: int) -> None:
         super().__init__()

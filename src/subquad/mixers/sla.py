@@ -56,6 +56,7 @@ class SLA(Softmax):
     """
 
     past = ()
+    ADDED = ("linear_proj.weight", "linear_proj.bias")
 
     def __init__(
         self,
@@ -99,11 +100,14 @@ class SLA(Softmax):
 
     def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         whole(context)
-        q, k, v = self.qkv(x, context)
+        return self.attend(*self.qkv(x, context)), {}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Both branches, ``o [B,T,H,K]`` of q ``[B,T,H,K]``, k and v ``[B,T,G,K]``."""
         critical, rest = self.choose(q, k)
         rows = self.query_block
         exact = chosen_rows(q, k, v, critical, self.block, rows=rows, scale=self.scale)
-        with without_autocast(x.device.type):
+        with without_autocast(q.device.type):
             wide = torch.promote_types(v.dtype, torch.float32)
             features = self.feature_map(q.to(wide)), self.feature_map(k.to(wide)), v.to(wide)
             if self.variant == "main":
@@ -113,7 +117,7 @@ class SLA(Softmax):
                 o = marginal(*features, rest, self.block, rows=rows, eps=EPS)
             W, b = self.linear_proj.weight, self.linear_proj.bias
             o = exact + F.linear(o, W.to(wide), b.to(wide))
-        return o.to(v.dtype), {}
+        return o.to(v.dtype)
 
     @torch.no_grad()
     def choose(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from itertools import cycle, islice
 from typing import Any
@@ -38,6 +38,26 @@ def expand_pattern(layers: str | Sequence[str], depth: int) -> tuple[str, ...]:
     if not 1 <= len(group) <= depth:
         raise ValueError(f"layers must name 1..depth={depth} layers, got {len(group)}: {layers!r}")
     return tuple(islice(cycle(group), depth))
+
+
+def check_mixers(pattern: Iterable[str], mixers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise where a pattern's aliases and their options are not those of known mixers."""
+    used = dict.fromkeys(pattern)
+    keys = [card.key for card in catalogue.systems(kind="mixer")]
+    for alias in mixers:
+        checks.one_of("alias in mixers", alias, used)
+    for alias in used:
+        options = mixers.get(alias, {})
+        if alias in mixers:
+            checks.one_of(f"mixer of {alias!r}", options.get("mixer", alias), keys)
+        else:
+            checks.one_of("layers", alias, [*keys, *mixers])
+        if "dim" in options:
+            raise ValueError(f"mixers[{alias!r}] must leave out dim, the model sets it")
+        try:
+            json.dumps(options)
+        except TypeError as error:
+            raise ValueError(f"mixers[{alias!r}] must hold JSON values: {error}") from None
 
 
 def _known_to_transformers(name: str) -> bool:
@@ -115,26 +135,8 @@ class CausalLMConfig(PreTrainedConfig):
             checks.positive("mlp_dim", self.mlp_dim, zero=True)
         if self.max_positions is not None:
             checks.positive("max_positions", self.max_positions)
-        self._check_mixers()
+        check_mixers(self.pattern, self.mixers)
         super().__post_init__(**kwargs)
-
-    def _check_mixers(self) -> None:
-        used = dict.fromkeys(self.pattern)
-        keys = [card.key for card in catalogue.systems(kind="mixer")]
-        for alias in self.mixers:
-            checks.one_of("alias in mixers", alias, used)
-        for alias in used:
-            key, options = self.mixer(alias)
-            if alias in self.mixers:
-                checks.one_of(f"mixer of {alias!r}", key, keys)
-            else:
-                checks.one_of("layers", alias, [*keys, *self.mixers])
-            if "dim" in options:
-                raise ValueError(f"mixers[{alias!r}] must leave out dim, the model sets it")
-            try:
-                json.dumps(options)
-            except TypeError as error:
-                raise ValueError(f"mixers[{alias!r}] must hold JSON values: {error}") from None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from subquad.models import CausalLM, CausalLMConfig
+from subquad import catalogue
+from subquad.models import CausalLM
 from subquad.models.blocks import parameters_of
 from subquad.ops import checks
 
+if TYPE_CHECKING:
+    from subquad.models.diffusion import DiT
 
-def swap(model: CausalLM, old: str, new: str, **options: Any) -> CausalLM:
+    Model = TypeVar("Model", CausalLM, DiT)
+
+
+def swap(model: Model, old: str, new: str, **options: Any) -> Model:
     """A copy of ``model`` whose layers of mixer ``old`` are of mixer ``new``, with their weights.
 
     Softmax attention becomes any system that only masks it otherwise: ``masformer``,
-    ``power_attention``, ``longlora``, ``infllm_v2``, ``cca``.
+    ``power_attention``, ``longlora``, ``infllm_v2``, ``cca``; or one whose further parameters add
+    nothing at first (its ``ADDED``): ``sla``.
 
     Args:
         old, new: keys of the catalogue.
@@ -34,11 +41,14 @@ def swap(model: CausalLM, old: str, new: str, **options: Any) -> CausalLM:
     for alias in aliases:
         kept = {k: v for k, v in config.mixer(alias)[1].items() if takes_all or k in known}
         mixers[alias] = {"mixer": new, **kept, **options}
-    config = CausalLMConfig.from_dict({**config.to_dict(), "mixers": mixers})
-    made = CausalLM(config)
+    made = type(model)(type(config).from_dict({**config.to_dict(), "mixers": mixers}))
     nn.Module.to(made, device=model.device, dtype=model.dtype)
+    weights = dict(model.state_dict())
+    fresh = made.state_dict()
+    added = tuple(f".{name}" for name in catalogue.system(new).load().ADDED)
+    weights |= {n: t for n, t in fresh.items() if n not in weights and n.endswith(added)}
     try:
-        made.load_state_dict(model.state_dict())
+        made.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{new!r} must have the weights of {old!r}: {error}") from None
     return made.train(model.training)

@@ -72,11 +72,13 @@ class Task:
         length: T, tokens of a sequence.
         metric: the name, among the scores, by which models are compared.
         higher_is_better: the sense of ``metric``.
+        conditions: what of a batch's ``meta`` the model is called with beside the inputs.
     """
 
     name: ClassVar[str] = ""
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
+    conditions: ClassVar[tuple[str, ...]] = ()
     vocab_size: int
     length: int
 
@@ -102,6 +104,15 @@ class Task:
 
     def draw(self, n: int, rng: np.random.Generator) -> Batch:
         raise NotImplementedError
+
+    def summed_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What training minimises, summed over the labels: the cross entropy, in float32."""
+        logits, labels = logits.flatten(0, -2), labels.flatten()
+        # Found on the CPU, where the labels are: the GPU need not wait to count them.
+        scored = (labels != IGNORED).nonzero()[:, 0]
+        if len(scored) < len(labels):
+            logits, labels = logits.index_select(0, scored.to(logits.device)), labels[scored]
+        return F.cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
 
     def score(self, logits: Tensor, batch: Batch) -> dict[str, float]:
         """Compare ``logits [n,T,vocab]`` with the labels.

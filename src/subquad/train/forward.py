@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad import parallel
@@ -28,7 +28,7 @@ def evaluate(
         batch = ranks.rows(task.batch(config.batch, EVAL_SEEDS + i))
         for part in parts(batch, config.micro_batch):
             with ranks.sequence(config):
-                logits = whole_logits(model, part.inputs, ranks.device, config)
+                logits = whole_logits(model, part, ranks.device, config, task)
             scores.append(task.score(logits, part))
     model.train(was_training)
     mean = task.combine(scores)
@@ -40,43 +40,39 @@ def evaluate(
 
 
 def summed_loss(
-    model: nn.Module, batch: Batch, device: torch.device, config: TrainConfig
+    model: nn.Module, batch: Batch, device: torch.device, config: TrainConfig, task: Task
 ) -> Tensor:
-    """Cross entropy in float32, summed over the labels."""
-    inputs, labels = batch.inputs, batch.labels
+    """The task's loss, summed over the labels."""
+    labels = batch.labels
     if parallel.current() is not None:
-        if labels.shape != inputs.shape:
+        if labels.shape != batch.inputs.shape or task.conditions:
             raise ValueError(f"labels must be one a token to split them, got {list(labels.shape)}")
-        inputs, labels = parallel.split(inputs, fill=0), parallel.split(labels, fill=IGNORED)
-    logits = logits_of(model, inputs, device, config)
-    logits = logits.flatten(0, -2)
-    labels = labels.flatten()
-    # Found on the CPU, where the labels are: the GPU need not wait to count them.
-    scored = (labels != IGNORED).nonzero()[:, 0]
-    if len(scored) < len(labels):
-        logits, labels = logits.index_select(0, scored.to(device)), labels[scored]
-    return F.cross_entropy(logits.float(), labels.to(device), reduction="sum")
+        labels = parallel.split(labels, fill=IGNORED)
+        batch = Batch(parallel.split(batch.inputs, fill=0), labels)
+    return task.summed_loss(logits_of(model, batch, device, config, task), labels)
 
 
 def whole_logits(
-    model: nn.Module, inputs: Tensor, device: torch.device, config: TrainConfig
+    model: nn.Module, batch: Batch, device: torch.device, config: TrainConfig, task: Task
 ) -> Tensor:
     """The logits of the whole sequences, also where they are split: on every process."""
     if parallel.current() is None:
-        return logits_of(model, inputs, device, config)
-    logits = logits_of(model, parallel.split(inputs, fill=0), device, config)
-    return parallel.join(logits)[:, : inputs.shape[1]]
+        return logits_of(model, batch, device, config, task)
+    own = Batch(parallel.split(batch.inputs, fill=0), batch.labels)
+    logits = logits_of(model, own, device, config, task)
+    return parallel.join(logits)[:, : batch.inputs.shape[1]]
 
 
 def logits_of(
-    model: nn.Module, inputs: Tensor, device: torch.device, config: TrainConfig
+    model: nn.Module, batch: Batch, device: torch.device, config: TrainConfig, task: Task
 ) -> Tensor:
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     # A model that can keep a cache would build one for nothing.
     takes = inspect.signature(model.forward).parameters
-    options = {"use_cache": False} if "use_cache" in takes else {}
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
+    options |= {name: batch.meta[name].to(device, non_blocking=True) for name in task.conditions}
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        found = model(inputs.to(device, non_blocking=True), **options)
+        found = model(batch.inputs.to(device, non_blocking=True), **options)
     return found if isinstance(found, Tensor) else found.logits
 
 

@@ -56,8 +56,9 @@ def train(
 
     The model maps tokens ``[n,T]`` to logits ``[n,T,vocab]``, or images ``[n,C,H,W]`` to logits
     ``[n,classes]`` (an image then counts as one token), or to an object that has them as
-    ``logits``. Killed and started again, it ends with the same weights, on CPU to the bit: batches
-    and dropout depend on (seed, step) alone. It is left in ``eval`` mode.
+    ``logits``; or, with the task's ``conditions`` beside the inputs, to what its loss takes. Killed
+    and started again, it ends with the same weights, on CPU to the bit: batches and dropout depend
+    on (seed, step) alone. It is left in ``eval`` mode.
 
     Args:
         model: on the device to train on; under ``torchrun`` it is moved and sharded here.

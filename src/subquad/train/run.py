@@ -75,7 +75,7 @@ class Run:
         total = torch.zeros((), device=ranks.device)
         for part in parts(ranks.rows(batch), config.micro_batch):
             with ranks.sequence(config):
-                loss = summed_loss(self.model, part, ranks.device, config) / labels
+                loss = summed_loss(self.model, part, ranks.device, config, self.task) / labels
                 # FSDP takes the mean of the ranks' gradients; the loss is a sum over the ranks.
                 (loss * ranks.size).backward()
             total += loss.detach()

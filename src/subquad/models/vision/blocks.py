@@ -6,6 +6,7 @@ Legend: B batch, T tokens of a grid (height, width), row-major, C dim.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -119,10 +120,22 @@ def stem(config: VisionConfig) -> nn.Module:
 def build_mixer(config: VisionConfig, stage: int, block: int) -> Mixer:
     """The mixer of one block."""
     key, options = config.mixer(config.patterns[stage][block])
+    return image_mixer(key, config.dims[stage], config.heads[stage], options)
+
+
+def image_mixer(
+    key: str,
+    dim: int,
+    heads: int,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any] = IMAGE_OPTIONS,
+) -> Mixer:
+    """A mixer for tokens of an image: ``heads`` and ``more`` for those that know them, beneath
+    its own options."""
     known = inspect.signature(catalogue.system(key).load()).parameters
-    ours: dict[str, Any] = {"heads": config.heads[stage], **IMAGE_OPTIONS}
-    given = {name: value for name, value in ours.items() if name in known} | options
-    return create_mixer(key, dim=config.dims[stage], **given)
+    ours: dict[str, Any] = {"heads": heads, **more}
+    given = {name: value for name, value in ours.items() if name in known} | dict(options)
+    return create_mixer(key, dim=dim, **given)
 
 
 def resized(position: Tensor, grid: Grid) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import field
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from subquad import catalogue
-from subquad.models.config import expand_pattern
+from subquad.models.config import check_mixers, expand_pattern
 from subquad.ops import checks
 
 STEMS = ("conv", "patch")
@@ -120,19 +118,7 @@ class VisionConfig(PreTrainedConfig):
                 raise ValueError(
                     f"out_indices must lie in {-self.levels}..{self.levels - 1}, got {index}"
                 )
-        keys = [card.key for card in catalogue.systems(kind="mixer")]
-        used = dict.fromkeys(alias for stage in self.patterns for alias in stage)
-        for alias in self.mixers:
-            checks.one_of("alias in mixers", alias, used)
-        for alias in used:
-            key, options = self.mixer(alias)
-            checks.one_of("layers" if alias == key else f"mixer of {alias!r}", key, keys)
-            if "dim" in options:
-                raise ValueError(f"mixers[{alias!r}] must leave out dim, the model sets it")
-            try:
-                json.dumps(options)
-            except TypeError as error:
-                raise ValueError(f"mixers[{alias!r}] must hold JSON values: {error}") from None
+        check_mixers([alias for stage in self.patterns for alias in stage], self.mixers)
 
     @property
     def patterns(self) -> list[tuple[str, ...]]:

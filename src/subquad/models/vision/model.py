@@ -170,10 +170,14 @@ class VisionModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Truncated normal for what torch drew; what a mixer drew by its own rule stays."""
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            fresh = nn.Linear(1, 1, device=module.weight.device)
-            if module.weight._version == fresh.weight._version:
-                init.trunc_normal_(module.weight, std=self.config.init_std)
-            if module.bias is not None and module.bias._version == fresh.bias._version:
-                init.zeros_(module.bias)
+        fresh_weights(module, self.config.init_std)
+
+
+def fresh_weights(module: nn.Module, std: float) -> None:
+    """Truncated normal for what torch drew; what a mixer drew by its own rule stays."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        fresh = nn.Linear(1, 1, device=module.weight.device)
+        if module.weight._version == fresh.weight._version:
+            init.trunc_normal_(module.weight, std=std)
+        if module.bias is not None and module.bias._version == fresh.bias._version:
+            init.zeros_(module.bias)

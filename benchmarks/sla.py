@@ -1,0 +1,136 @@
+"""SLA on a GPU over the length, beside PyTorch's fused softmax, behind a correctness gate.
+
+python benchmarks/sla.py [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subquad.bench.measure import peak_memory
+from subquad.bench.results import machine, write_json
+from subquad.mixers.sla import EPS, SLA
+from subquad.ops.attention.chosen_rows import chosen_rows
+from subquad.ops.kernel_attention.marginal import marginal
+
+OUT = Path(__file__).parent / "results" / "sla.json"
+LENGTHS = (1024, 4096, 16384, 32768, 65536)
+TOPKS = (0.05, 0.15)
+HEADS, DIM = 16, 64
+LIMIT = 2e-2  # relative error of bfloat16 against float64
+
+
+def layer(topk: float, variant: str = "paper") -> SLA:
+    torch.manual_seed(0)
+    made = SLA(dim=HEADS * DIM, heads=HEADS, topk=topk, variant=variant)
+    nn.init.normal_(made.linear_proj.weight, std=0.3)
+    return made
+
+
+def gate() -> dict[str, float]:
+    """Relative errors of o, dq, dk and dv against float64 on the CPU, of the same chosen blocks."""
+    found = {}
+    for T, topk, variant in ((1000, 0.2, "paper"), (2048, 0.05, "paper"), (1000, 0.2, "main")):
+        narrow, wide = layer(topk, variant).bfloat16(), layer(topk, variant).double()
+        wide.load_state_dict(narrow.state_dict())
+        q, k, v, do = (torch.randn(1, T, HEADS, DIM).bfloat16() for _ in range(4))
+        index, rest = wide.choose(q.double(), k.double())
+        results = []
+        for made, device, dtype in (
+            (narrow.cuda(), "cuda", torch.bfloat16),
+            (wide, "cpu", torch.float64),
+        ):
+            chosen = index.to(device), rest.to(device)
+            made.choose = lambda q, k, chosen=chosen: chosen  # type: ignore[method-assign]
+            own = [t.to(device, dtype).requires_grad_() for t in (q, k, v)]
+            o = made.attend(*own)
+            o.backward(do.to(device, dtype))
+            results.append([t.detach().cpu().double() for t in (o, *(t.grad for t in own))])
+        for name, got, want in zip(("o", "dq", "dk", "dv"), *results, strict=True):
+            error = ((got - want).norm() / want.norm()).item()
+            found[f"T{T} topk{topk} {variant} {name}"] = error
+            if not error <= LIMIT:
+                raise SystemExit(f"T{T} topk{topk} {variant}: {name} is off by {error:.2g}")
+    return found
+
+
+def milliseconds(run: Callable[[], Any], seconds: float = 0.6) -> float:
+    """The median of the GPU's own times."""
+    for _ in range(3):
+        run()
+    times, start = [], time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - start < seconds and len(times) < 30):
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record()
+        run()
+        b.record()
+        torch.cuda.synchronize()
+        times.append(a.elapsed_time(b))
+    return sorted(times)[len(times) // 2]
+
+
+def both(attend: Callable[..., Tensor], inputs: list[Tensor]) -> dict[str, float]:
+    def forward() -> None:
+        with torch.no_grad():
+            attend(*inputs)
+
+    def step() -> None:
+        o = attend(*inputs)
+        o.backward(torch.ones_like(o))
+        for t in inputs:
+            t.grad = None
+
+    return {
+        "forward": milliseconds(forward),
+        "forward and backward": milliseconds(step),
+        "peak, bytes": peak_memory(step, inputs[0].device),
+    }
+
+
+def rows(T: int) -> dict[str, dict[str, float]]:
+    cuda = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    inputs = [torch.randn(1, T, HEADS, DIM, **cuda) for _ in range(3)]
+    q, k, _ = inputs
+    turned = [t.detach().transpose(1, 2).contiguous().requires_grad_() for t in inputs]
+    out = {"sdpa": both(F.scaled_dot_product_attention, turned)}
+    for topk in TOPKS:
+        made = layer(topk).to(**{"device": "cuda", "dtype": torch.bfloat16})
+        index, rest = made.choose(q, k)
+        name = f"sla, topk {topk}"
+        out[name] = both(made.attend, inputs)
+        out[name]["choice"] = milliseconds(lambda: made.choose(q, k))  # noqa: B023
+        out[name]["kept"] = made.pairs(T) / T**2
+        exact = lambda q, k, v: chosen_rows(q, k, v, index, made.block)  # noqa: B023, E731
+        linear = lambda q, k, v: marginal(q.float().softmax(-1), k.float().softmax(-1), v, rest, made.block, eps=EPS)  # noqa: B023, E501, E731  # fmt: skip
+        out[f"{name}, softmax part"] = both(exact, inputs)
+        out[f"{name}, linear part"] = both(linear, inputs)
+    main = layer(TOPKS[0], "main").to(**{"device": "cuda", "dtype": torch.bfloat16})
+    out[f"sla main, topk {TOPKS[0]}"] = both(main.attend, inputs)
+    return out
+
+
+def run() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=OUT)
+    out = parser.parse_args().out
+    found: dict[str, Any] = {"made": machine(), "shape": {"B": 1, "H": HEADS, "K": DIM}}
+    found["errors"] = gate()
+    print(found["errors"])
+    found["rows"] = {}
+    for T in LENGTHS:
+        found["rows"][str(T)] = rows(T)
+        for name, row in found["rows"][str(T)].items():
+            print(T, name, {key: round(value, 4) for key, value in row.items()})
+        write_json(out, found)
+
+
+if __name__ == "__main__":
+    run()
