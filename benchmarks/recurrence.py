@@ -4,8 +4,9 @@
 
 Each row is first checked against float64; a row that is not right stops the run before anything
 is printed. Rows go by importance, all sides of a row one after the other, and the file is written
-after each. No row begins that ``--limit`` (seconds of the run) may cut off; ``--resume`` keeps the
-rows of an earlier file. The peer tunes itself for minutes, so it runs in a process with a limit.
+after each. No row begins after ``--limit`` seconds; ``--rows`` picks, ``--resume`` keeps those of
+earlier files. The peer tunes itself for minutes, so it runs in a process with a limit of its own;
+what it has tuned stays in Triton's cache.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ def leaves(case: Case) -> dict[str, Any]:
     }
 
 
-def times(run, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Forward, forward and backward (ms), peak bytes of the latter."""
+def times(run, inputs: dict[str, Any], seen=lambda out: None) -> dict[str, Any]:
+    """Forward, forward and backward (ms), peak bytes of the latter; ``seen`` is called between."""
     live = [t for t in inputs.values() if t is not None and t.requires_grad]
 
     def forward():
@@ -73,7 +74,8 @@ def times(run, inputs: dict[str, Any]) -> dict[str, Any]:
             return run(**inputs)
 
     do = torch.randn_like(forward())
-    out: dict[str, Any] = {}
+    out: dict[str, Any] = {"forward_ms": median(forward)}
+    seen(out)
 
     def both():
         return torch.autograd.grad(run(**inputs), live, do)
@@ -87,7 +89,6 @@ def times(run, inputs: dict[str, Any]) -> dict[str, Any]:
         out["both_ms"] = median(both)
     except Exception as error:
         out["both_refused"] = f"{type(error).__name__}: {error}"[:160]
-    out["forward_ms"] = median(forward)
     return out
 
 
@@ -143,7 +144,7 @@ def peer(case: Case) -> dict[str, Any]:
         gates = {} if decay is None else {"g": decay}
         return op(q, k, v, **gates, **({} if beta is None else {"beta": beta.to(v.dtype)}))[0]
 
-    found = times(run, leaves(case))
+    found = times(run, leaves(case), lambda out: print(json.dumps(out), flush=True))
     if case.decay == "head":
         found["note"] = "its backward is refused here for wrong gradients; timed all the same"
     return found
@@ -171,8 +172,10 @@ def apart(row: str, limit: float) -> dict[str, Any]:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
         return json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return {"skipped": f"not done in {limit:.0f} s"}
+    except subprocess.TimeoutExpired as late:
+        text = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        known = json.loads(text.splitlines()[-1]) if text.strip() else {}
+        return {**known, "skipped": f"not done in {limit:.0f} s"}
     except (IndexError, ValueError):
         return {"skipped": done.stderr.strip()[-200:] or "printed nothing"}
 
@@ -218,7 +221,6 @@ def write(path: Path, data: Any) -> None:
 
 def measure(name: str, case: Case, ceilings: dict[str, float], limit: float) -> dict[str, Any]:
     """One row: all sides, one after the other."""
-    end = time.monotonic() + limit
     try:
         error = gate(case, "cuda")
     except ValueError as wrong:
@@ -228,7 +230,7 @@ def measure(name: str, case: Case, ceilings: dict[str, float], limit: float) -> 
         "floor_ms": 1e3 * case.floor(**ceilings), "dense": dense(case), "first": cold(name),
     }  # fmt: skip
     torch.cuda.empty_cache()
-    row["peer"] = apart(name, max(5.0, end - time.monotonic()))
+    row["peer"] = apart(name, limit)
     row["ours again"] = ours(case)
     return row
 
@@ -236,9 +238,10 @@ def measure(name: str, case: Case, ceilings: dict[str, float], limit: float) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/recurrence.json"))
-    parser.add_argument("--limit", type=float, default=3600.0, help="seconds of the whole run")
-    parser.add_argument("--row-limit", type=float, default=300.0, help="seconds of a row")
-    parser.add_argument("--resume", type=Path, help="an earlier file, whose rows are kept")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds; no row begins later")
+    parser.add_argument("--peer-limit", type=float, default=300.0, help="seconds of a peer's row")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--resume", type=Path, nargs="+", default=[], help="files of earlier rows")
     parser.add_argument("--peer-row", choices=ROWS, help=argparse.SUPPRESS)
     parser.add_argument("--first-row", choices=ROWS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -251,12 +254,11 @@ def main() -> None:
     end = time.monotonic() + arguments.limit
     measured = ceilings()
     data: dict[str, Any] = {"made": versions(), "ceilings": measured, "rows": {}}
-    if arguments.resume and arguments.resume.is_file():
-        data["rows"] = json.loads(arguments.resume.read_text())["rows"]
-    for name, case in ROWS.items():
-        done = name in data["rows"]
-        if not done and end - time.monotonic() > arguments.row_limit:
-            data["rows"][name] = measure(name, case, measured, arguments.row_limit)
+    for path in arguments.resume:
+        data["rows"] |= json.loads(path.read_text())["rows"]
+    for name in arguments.rows:
+        if name not in data["rows"] and time.monotonic() < end:
+            data["rows"][name] = measure(name, ROWS[name], measured, arguments.peer_limit)
             write(arguments.out, data)
     print(data["made"], {k: f"{v:.3g}" for k, v in measured.items()})
     print(
