@@ -7,10 +7,10 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from subquad.bench.recurrence import Case, errors
+from subquad.bench.recurrence import Case, decode_defined, decode_inputs, errors
 from subquad.ops.backend import interpreted
+from subquad.ops.backend import backend
 from subquad.ops.recurrence import recurrence
 from subquad.ops.recurrence.reference import recurrence as definition
 
@@ -112,34 +112,39 @@ def test_compiles_as_one_graph():
 def test_decode_layer(channel, gated):
     from subquad.ops.recurrence.triton.decode import decode_layer
 
-    B, HQ, H, K, V, size = 2, 1, 2, 24, 40, 4
-    qkv = [torch.randn(B, h, w) for h, w in ((HQ, K), (HQ, K), (H, V))]
-    pasts = tuple(torch.randn(B, size - 1, x[0].numel()) for x in qkv)
-    weights = tuple(torch.randn(x[0].numel(), size) for x in qkv)
-    raw = torch.randn(B, H, K) if channel else torch.randn(B, H)
-    A_log, dt_bias = torch.randn(H), torch.randn(H * K if channel else H)
-    beta, state = torch.randn(B, H), torch.randn(B, H, K, V)
-    gate, norm = (torch.randn(B, H, V), torch.randn(V)) if gated else (None, None)
-    before = state.clone()
-    y, nexts = decode_layer(
-        *qkv, pasts=pasts, weights=weights, decay=raw, A_log=A_log, dt_bias=dt_bias, beta=beta,
-        state=state, gate=gate, norm=norm,
-    )  # fmt: skip
-    convolved = []
-    for x, past, weight, new in zip(qkv, pasts, weights, nexts, strict=True):
-        rows = torch.cat([past, x.flatten(1)[:, None]], 1)
-        assert torch.equal(new, rows[:, 1:])
-        convolved.append(F.silu((rows.mT * weight).sum(-1)).view(x.shape)[:, None])
-    q, k, v = convolved
-    q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-    rate = A_log.exp()[:, None] if channel else A_log.exp()
-    decay = -rate * F.softplus(raw + dt_bias.view(raw.shape[1:]))
-    o, last = definition(
-        q, k, v, decay=decay[:, None], beta=beta.sigmoid()[:, None], scale=K**-0.5, state=before,
-        cu_seqlens=None,
-    )  # fmt: skip
-    o = o[:, 0]
-    if gated:
-        o = F.rms_norm(o, (V,), norm, 1e-5) * F.silu(gate)
-    torch.testing.assert_close(y, o, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-5)
+    inputs = decode_inputs("cpu", channel=channel, gated=gated)
+    right = decode_defined(inputs)
+    y, nexts = decode_layer(**inputs)
+    for name, past, new in zip("qkv", inputs["pasts"], nexts, strict=True):
+        assert torch.equal(new, torch.cat([past[:, 1:], inputs[name].flatten(1)[:, None]], 1))
+    torch.testing.assert_close((y.double(), inputs["state"].double()), right, rtol=1e-4, atol=1e-5)
+
+
+@inside
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("gated_deltanet", {"heads": 1, "value_heads": 2, "head_dim": 8}),
+        ("gated_deltanet", {"heads": 1, "head_dim": 8, "negative_eigenvalues": True}),
+        ("kimi_linear", {"heads": 2}),
+    ],
+)
+def test_a_mixer_decodes_in_one_launch(key, options, monkeypatch):
+    import subquad
+    from subquad.ops.recurrence.triton import decode
+
+    mixer = subquad.create_mixer(key, dim=16, **options)
+    x = torch.randn(2, 5, 16)
+    calls = []
+    launch = decode.decode_layer
+    monkeypatch.setattr(decode, "decode_layer", lambda *a, **b: calls.append(1) or launch(*a, **b))
+    with torch.no_grad():
+        with backend("torch"):
+            want, last = mixer(x)
+            _, state = mixer(x[:, :2])
+        with backend("triton"):
+            for t in range(2, 5):
+                y, state = mixer(x[:, t : t + 1], state=state)
+                torch.testing.assert_close(y, want[:, t : t + 1], rtol=1e-4, atol=1e-5)
+    assert len(calls) == 3
+    torch.testing.assert_close(dict(state.tensors), dict(last.tensors), rtol=1e-4, atol=1e-5)

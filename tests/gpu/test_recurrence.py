@@ -4,7 +4,17 @@ definition in float64, forward and all gradients."""
 import pytest
 import torch
 
-from subquad.bench.recurrence import FORMS, LIMITS, Case, apart, defined, errors, results
+from subquad.bench.recurrence import (
+    FORMS,
+    LIMITS,
+    Case,
+    apart,
+    decode_defined,
+    decode_inputs,
+    defined,
+    errors,
+    results,
+)
 from subquad.ops.backend import backend
 from subquad.ops.recurrence import recurrence
 
@@ -107,26 +117,17 @@ def test_is_a_well_formed_operation(decay, delta):
 def test_decode_in_a_cuda_graph():
     from subquad.ops.recurrence.triton.decode import decode_layer
 
-    B, H, K = 8, 4, 128
-
-    def normal(*shape):
-        return torch.randn(*shape, device="cuda", dtype=BF16)
-
-    inputs = {
-        "pasts": tuple(normal(B, 3, H * K) for _ in "qkv"),
-        "weights": tuple(normal(H * K, 4) for _ in "qkv"),
-        "decay": normal(B, H), "A_log": normal(H).float(), "dt_bias": normal(H).float(),
-        "beta": normal(B, H), "gate": normal(B, H, K), "norm": normal(K),
-    }  # fmt: skip
-    qkv = [normal(B, H, K) for _ in "qkv"]
-    start = torch.randn(B, H, K, K, device="cuda")
-    eager = start.clone()
-    want, _ = decode_layer(*qkv, state=eager, **inputs)
-    state = start.clone()
+    inputs = decode_inputs("cuda", B=8, HQ=4, H=4, K=128, V=128, dtype=BF16)
+    right, last = decode_defined(inputs)
+    start = inputs["state"].clone()
+    want, _ = decode_layer(**inputs)
+    eager = inputs["state"].clone()
+    assert ((want - right).norm() / right.norm()).item() < 1e-2
+    assert ((eager - last).norm() / last.norm()).item() < 1e-4
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got, _ = decode_layer(*qkv, state=state, **inputs)
-    state.copy_(start)
+        got, _ = decode_layer(**inputs)
+    inputs["state"].copy_(start)
     graph.replay()
     assert torch.equal(got, want)
-    assert torch.equal(state, eager)
+    assert torch.equal(inputs["state"], eager)

@@ -157,3 +157,49 @@ def gate(
     if not worst <= LIMITS[case.dtype]:
         raise ValueError(f"{short.name}: {name} is off by {worst:.2g}, over {LIMITS[case.dtype]}")
     return worst
+
+
+def decode_inputs(
+    device: torch.device | str, *, B: int = 2, HQ: int = 1, H: int = 2, K: int = 24, V: int = 40,
+    size: int = 4, channel: bool = False, gated: bool = True, dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:  # fmt: skip
+    """Random arguments of :func:`subquad.ops.recurrence.triton.decode.decode_layer`."""
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    heads = {"q": (HQ, K), "k": (HQ, K), "v": (H, V)}
+    out: dict[str, Any] = {n: normal(B, *hd) for n, hd in heads.items()}
+    channels = [h * d for h, d in heads.values()]
+    out["pasts"] = tuple(normal(B, size - 1, c) for c in channels)
+    out["weights"] = tuple(normal(c, size) for c in channels)
+    out["decay"] = normal(B, H, K) if channel else normal(B, H)
+    out["A_log"] = normal(H, dtype=torch.float32)
+    out["dt_bias"] = normal(H * K if channel else H, dtype=torch.float32)
+    out["beta"] = normal(B, H)
+    out["state"] = normal(B, H, K, V, dtype=torch.float32)
+    if gated:
+        out |= {"gate": normal(B, H, V), "norm": normal(V)}
+    return out
+
+
+def decode_defined(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """What is right of :func:`decode_inputs`: y and the state after, in float64."""
+    x = {n: t.double() for n, t in inputs.items() if isinstance(t, Tensor)}
+    convolved = []
+    for name, past, weight in zip("qkv", inputs["pasts"], inputs["weights"], strict=True):
+        rows = torch.cat([past.double(), x[name].flatten(1)[:, None]], 1)
+        y = F.silu((rows.mT * weight.double()).sum(-1))
+        convolved.append(y.view_as(x[name])[:, None])
+    q, k, v = convolved
+    q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
+    rate = x["A_log"].exp().view(-1, *[1] * (x["decay"].dim() - 2))
+    decay = -rate * F.softplus(x["decay"] + x["dt_bias"].view(x["decay"].shape[1:]))
+    o, last = definition(
+        q, k, v, decay=decay[:, None], beta=x["beta"].sigmoid()[:, None],
+        scale=q.shape[-1] ** -0.5, state=x["state"], cu_seqlens=None,
+    )  # fmt: skip
+    o = o[:, 0]
+    if "gate" in x:
+        o = F.rms_norm(o, o.shape[-1:], x["norm"], 1e-5) * F.silu(x["gate"])
+    return o, last

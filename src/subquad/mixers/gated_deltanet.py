@@ -71,10 +71,17 @@ class GatedDeltaNet(QKVMixer):
         self.norm = GatedRMSNorm(V, eps=norm_eps)
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
+        most = 2.0 if self.negative_eigenvalues else 1.0
+        if self.one_token(x, context, "head"):
+            y, state = self.decode(
+                x, context, decay=self.a_proj(x), beta=self.b_proj(x), gate=self.g_proj(x),
+                norm=self.norm, beta_scale=most,
+            )  # fmt: skip
+            return self.o_proj(y), state
         x = context.zero_padding(x)
         q, k, v, state = self.qkv(x, context)
         decay = softplus_decay(self.a_proj(x), self.A_log, self.dt_bias)
-        beta = torch.sigmoid(self.b_proj(x)) * (2 if self.negative_eigenvalues else 1)
+        beta = torch.sigmoid(self.b_proj(x)) * most
         o = self.recur(l2_norm(q), l2_norm(k), v, context, state, decay=decay, beta=beta)
         y = self.norm(o, self.g_proj(x).view_as(o))
         return self.o_proj(y.flatten(-2)), state

@@ -101,9 +101,17 @@ class KimiDeltaAttention(QKVMixer):
         self.norm = GatedRMSNorm(head_dim, eps=norm_eps, activation="sigmoid")
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
+        most = 2.0 if self.negative_eigenvalues else 1.0
+        if self.decay_floor is None and self.one_token(x, context, "channel"):
+            decay = self.f_proj(x).unflatten(-1, (self.state_heads, -1))
+            y, state = self.decode(
+                x, context, decay=decay, beta=self.b_proj(x), gate=self.g_proj(x),
+                norm=self.norm, beta_scale=most,
+            )  # fmt: skip
+            return self.o_proj(y), state
         x = context.zero_padding(x)
         q, k, v, state = self.qkv(x, context)
-        beta = torch.sigmoid(self.b_proj(x)) * (2 if self.negative_eigenvalues else 1)
+        beta = torch.sigmoid(self.b_proj(x)) * most
         o = self.recur(l2_norm(q), l2_norm(k), v, context, state, decay=self.decay(x), beta=beta)
         y = self.norm(o, self.g_proj(x).view_as(o))
         return self.o_proj(y.flatten(-2)), state

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from subquad.mixers.base import Context, Mixer
 from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.mixers.parts.conv import ShortConv
+from subquad.mixers.parts.norm import GatedRMSNorm
 from subquad.ops import checks
-from subquad.ops.recurrence import cost
+from subquad.ops.backend import choose
+from subquad.ops.recurrence import BACKENDS, cost, request
 from subquad.parallel import recurrence
 
 
@@ -158,6 +160,68 @@ class QKVMixer(RecurrentMixer):
             out.append(y.unflatten(-1, (heads, -1)))
         q, k, v = out
         return q, k, v, state
+
+    def one_token(self, x: Tensor, context: Context, decay: str) -> bool:
+        """Whether :meth:`decode` may take ``x``: a token a row, with a past and without gradients,
+        padding or packing, where the recurrence's GPU kernels are chosen."""
+        past = context.past("S")
+        if x.shape[1] != 1 or past is None or torch.is_grad_enabled() or self.conv_size < 2:
+            return False
+        around = context.padding, context.cu_seqlens, context.here
+        if any(a is not None for a in around) or past.dtype != torch.float32:
+            return False
+        asked = request(
+            B=x.shape[0], T=1, H=self.state_heads, K=self.key_dim, V=self.value_dim,
+            device=x.device.type, dtype=self.q_proj.weight.dtype, decay=decay, delta=self.delta,
+            state=True,
+        )  # fmt: skip
+        return past.is_contiguous() and choose("recurrence", BACKENDS, asked).name == "triton"
+
+    def decode(
+        self,
+        x: Tensor,
+        context: Context,
+        *,
+        decay: Tensor,
+        beta: Tensor,
+        gate: Tensor,
+        norm: GatedRMSNorm,
+        **options: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``x [B,1,C]`` in one launch between the projections, with the parameters ``A_log`` and
+        ``dt_bias``; the state's memory is written over.
+
+        Args:
+            decay: raw, ``[B,1,HV]`` or ``[B,1,HV,K]``; beta: raw, ``[B,1,HV]``.
+            gate: of the output norm, ``[B,1,HV V]``.
+            **options: of :func:`subquad.ops.recurrence.triton.decode.decode_layer`.
+
+        Returns:
+            The normed and gated output ``[B,1,HV V]``, and the new state.
+        """
+        from subquad.ops.recurrence.triton.decode import decode_layer, fits_gate
+
+        names = [f"{n}_conv" for n in "qkv"]
+        convs = [self.get_submodule(n) for n in names]
+        past = context.state
+        assert past is not None
+        q, k, v = (
+            self.get_submodule(f"{n}_proj")(x[:, 0]).unflatten(-1, (heads, -1))
+            for n, heads in self.qkv_heads.items()
+        )
+        gate = gate[:, 0].unflatten(-1, (self.state_heads, -1))
+        inside = fits_gate(self.key_dim, self.value_dim)
+        o, nexts = decode_layer(
+            q, k, v,
+            pasts=tuple(past[n] for n in names),
+            weights=tuple(c.weight[:, 0] for c in convs),
+            decay=decay[:, 0], A_log=self.A_log, dt_bias=self.dt_bias, beta=beta[:, 0],
+            state=past["S"], gate=gate if inside else None, norm=norm.weight if inside else None,
+            activation=norm.activation, norm_eps=norm.eps, **options,
+        )  # fmt: skip
+        if not inside:
+            o = norm(o, gate)
+        return o.flatten(1)[:, None], {**dict(zip(names, nexts, strict=True)), "S": past["S"]}
 
 
 def low_rank(dim: int, rank: int, width: int, *, bias: bool = False) -> nn.Sequential:

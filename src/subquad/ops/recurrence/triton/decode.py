@@ -96,6 +96,11 @@ def decode(
     tl.store(Y + (row * H + h) * V + r, y.to(Y.dtype.element_ty), mask=r < V)
 
 
+def fits_gate(K: int, V: int) -> bool:
+    """Whether a program can hold a whole head, as the norm over its values needs."""
+    return configs.width(K) * configs.width(V) <= 32768
+
+
 def decode_layer(
     q: Tensor, k: Tensor, v: Tensor, *, pasts: tuple[Tensor, Tensor, Tensor],
     weights: tuple[Tensor, Tensor, Tensor], decay: Tensor, A_log: Tensor, dt_bias: Tensor,
@@ -141,7 +146,7 @@ def decode_layer(
     channel = decay.dim() == 3
     checks.shape("decay", decay, (B, H, K) if channel else (B, H))
     checks.shape("dt_bias", dt_bias, (H * K,) if channel else (H,))
-    if gate is not None and configs.width(K) * configs.width(V) > 32768:
+    if gate is not None and not fits_gate(K, V):
         raise ValueError(f"gate needs K V <= 32768, got K={K}, V={V}")
     y, *nexts = _decode(
         q, k, v, list(pasts), list(weights), decay, A_log, dt_bias, beta, state, gate, norm,
