@@ -6,21 +6,24 @@
    rule, packed), ring attention, Ulysses and gathered keys, against the same inputs on one device
    in float64; and the loss and gradient of each model. Nothing is timed where it fails.
 2. Forward and backward of a CausalLM (bfloat16, checkpointed layers, batch 1) at the length on one
-   GPU and on two: tokens/s, peak memory of a rank, and what a rank sends.
+   GPU and on two: tokens/s, peak memory of a rank, and what a rank sends, operation by operation,
+   beside the formulas of the systems.
 
-Writes `benchmarks/results/parallel.json` (or $OUT/parallel.json). NVLS stays off. Without GPUs the
-gate of the operations runs, over gloo.
+Writes `benchmarks/results/parallel.json` (or --out) after every line. A collective that waits for
+90 seconds ends the run, and shows where. NVLS stays off. Without GPUs the gate of the operations runs,
+over gloo.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import faulthandler
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -30,6 +33,7 @@ import torch
 import torch.distributed as dist
 
 from subquad import mask, parallel
+from subquad.bench.results import machine, write_json
 from subquad.models.causal_lm import CausalLM, CausalLMConfig
 from subquad.ops.attention import attention
 from subquad.ops.recurrence import recurrence
@@ -42,21 +46,28 @@ from subquad.parallel.ulysses import ulysses, ulysses_recurrence
 # A relative error in the Frobenius norm, of the split run over the whole one's in the same dtype
 # against float64: both round, so the split may be somewhat worse, not another number.
 WORSE, FLOOR = 3.0, {torch.float32: 2e-6, torch.bfloat16: 4e-3}
-QUICK = ("lasp2 head plain", "lasp2 head delta", "ring", "ulysses", "gather")
+QUICK = (
+    "lasp2 head plain", "lasp2 head delta", "lasp2 head delta packed", "ring", "ring packed",
+    "ulysses", "gather", "gather packed",
+)  # fmt: skip
 MODELS = {
-    "gated_deltanet": ("gated_deltanet", {}),
+    "gated_deltanet, lasp2": ("gated_deltanet", {}),
     "softmax, ring": ("softmax", {"attention": "ring"}),
     "softmax, ulysses": ("softmax", {"attention": "ulysses"}),
     "softmax, gather": ("softmax", {"attention": "gather"}),
-    "hybrid 3:1": ("gated_deltanet*3 softmax", {"attention": "ring"}),
+    "hybrid 3:1, lasp2 and ring": ("gated_deltanet*3 softmax", {"attention": "ring"}),
+    "hybrid 3:1, lasp2 and gather": ("gated_deltanet*3 softmax", {"attention": "gather"}),
 }
+DIM, DEPTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 4, 8, 2, 128, 8192
+RESULTS = Path(__file__).parent / "results" / "parallel.json"
+WAIT = 90  # seconds that a collective may take
 
 
 def error(found, exact) -> float:
     return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
 
 
-def gate_ops(device, quick: bool) -> Iterator[dict]:
+def gate_ops(device, quick: bool, say) -> Iterator[dict]:
     """Every operation on two GPUs, and on one, against one in float64; quick: a few, in bfloat16,
     for kernels take a while to compile."""
     B, T, H, G, D = 1, 1024, 4, 2, 64
@@ -74,6 +85,7 @@ def gate_ops(device, quick: bool) -> Iterator[dict]:
     dtypes = (torch.bfloat16,) if quick else (torch.float32, torch.bfloat16)
     for case in cases:
         if not quick or case[0] in QUICK:
+            say(f"{case[0]} ...")
             yield judge(*case, B, T, H, G, D, device, dtypes)
 
 
@@ -143,11 +155,12 @@ def outcome(run, x, do, options, dtype, keep) -> dict:
 
 def model_of(layers: str, device) -> CausalLM:
     torch.manual_seed(0)
-    gated = {"heads": 8, "head_dim": 128, "expand_v": 1.0}
-    config = CausalLMConfig(
-        vocab_size=8192, dim=1024, depth=4, layers=layers,
-        mixers={"gated_deltanet": gated, "softmax": {"heads": 8, "kv_heads": 2}},
-    )  # fmt: skip
+    mixers = {
+        "gated_deltanet": {"heads": HEADS, "head_dim": HEAD_DIM, "expand_v": 1.0},
+        "softmax": {"heads": HEADS, "kv_heads": KV_HEADS},
+    }
+    used = {key: mixers[key] for key in mixers if key in layers}
+    config = CausalLMConfig(vocab_size=VOCAB, dim=DIM, depth=DEPTH, layers=layers, mixers=used)
     model = CausalLM(config).to(device).train()
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model
@@ -169,7 +182,7 @@ def step(model, ids, kinds, split: bool):
 
 
 def gate_model(name, layers, kinds, device) -> dict:
-    ids = torch.randint(0, 8192, (1, 8192), device=device, generator=seeded(device))
+    ids = torch.randint(0, VOCAB, (1, 8192), device=device, generator=seeded(device))
     grads, losses = [], []
     for split in (False, True):
         model = model_of(layers, device)
@@ -187,27 +200,8 @@ def seeded(device):
 def timed(layers, kinds, T, split: bool, device, repeats: int = 3) -> dict:
     """Forward, backward and the sum of the gradients of one text."""
     model = model_of(layers, device)
-    ids = torch.randint(0, 8192, (1, T), device=device, generator=seeded(device))
-    sent = 0
-
-    def count(name):
-        real = getattr(wire, name)
-
-        def call(*args, **options):
-            nonlocal sent
-            if name == "send_and_receive":
-                tensors = [op.tensor for op in args[0] if op.op is dist.isend]
-            else:
-                tensors = [args[0] if name == "reduce_scatter" else args[1]]
-            share = {"all_to_all": 0.5}.get(name, 1.0)
-            sent += int(share * sum(t.nbytes for t in tensors if t.is_cuda))
-            return real(*args, **options)
-
-        return mock.patch.object(wire, name, call)
-
-    with ExitStack() as stack:
-        for name in ("all_gather", "reduce_scatter", "all_to_all", "send_and_receive"):
-            stack.enter_context(count(name))
+    ids = torch.randint(0, VOCAB, (1, T), device=device, generator=seeded(device))
+    with counted() as sent:
         step(model, ids, kinds, split)
     model.zero_grad()
     torch.cuda.synchronize()
@@ -229,8 +223,69 @@ def timed(layers, kinds, T, split: bool, device, repeats: int = 3) -> dict:
         "seconds": best,
         "tokens_per_second": T / best,
         "peak_gib": peak / 2**30,
-        "sent_mib": sent / 2**20,
+        "sent": sent,
+        "formula": formulas(layers, kinds, T) if split else {},
     }
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Bytes that this one of two ranks sends to the other inside, by operation."""
+    sent: dict[str, int] = {}
+    doing = ""
+    attempt = parallel.Split.attempt
+
+    def named(here, op, collective):
+        nonlocal doing
+        doing = op
+        return attempt(here, op, collective)
+
+    def wrapped(name):
+        real = getattr(wire, name)
+
+        def call(*args, **options):
+            if name == "send_and_receive":
+                tensors = [op.tensor for op in args[0] if op.op is dist.isend]
+            else:
+                tensors = [args[0] if name == "reduce_scatter" else args[1]]
+            share = 0.5 if name == "all_to_all" else 1.0
+            bytes_ = int(share * sum(t.nbytes for t in tensors if t.is_cuda))
+            if bytes_:
+                sent[doing] = sent.get(doing, 0) + bytes_
+            return real(*args, **options)
+
+        return mock.patch.object(wire, name, call)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(parallel.Split, "attempt", named))
+        for name in ("all_gather", "reduce_scatter", "all_to_all", "send_and_receive"):
+            stack.enter_context(wrapped(name))
+        yield sent
+
+
+def formulas(layers: str, kinds, T: int, W: int = 2) -> dict[str, int]:
+    """Bytes that a rank sends in a step, by the systems' formulas: layers run forward twice, for
+    they are checkpointed, and backward once; states are float32, keys and values bfloat16."""
+    gated = {"gated_deltanet": DEPTH, "softmax": 0}.get(layers, DEPTH * 3 // 4)
+    softmax = DEPTH - gated
+    C, out = T // W, {}
+    if gated:  # the maps [K,V] and [K,K] of every head
+        states = (W - 1) * HEADS * 2 * HEAD_DIM**2 * 4
+        out |= {"lasp2": 2 * gated * states, "lasp2 (backward)": gated * states}
+    keys = (W - 1) * C * KV_HEADS * 2 * HEAD_DIM  # elements
+    kind = kinds.get("attention")
+    if softmax and kind == "ring":  # gradients of keys and values travel in float32, W hops
+        back = keys * 2 + keys * W // (W - 1) * 4
+        out |= {
+            "ring_attention": 2 * softmax * keys * 2,
+            "ring_attention (backward)": softmax * back,
+        }
+    if softmax and kind == "gather":
+        out |= {"gather": 2 * softmax * keys * 2, "gather (backward)": softmax * keys * 2}
+    if softmax and kind == "ulysses":
+        dealt = (W - 1) * C // W * 2 * (HEADS + KV_HEADS) * HEAD_DIM * 2
+        out |= {"ulysses": 2 * softmax * dealt, "ulysses (backward)": softmax * dealt}
+    return out
 
 
 def main() -> int:
@@ -238,6 +293,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--seconds", type=float, default=240.0, help="start nothing new after")
     parser.add_argument("--quick", action="store_true", help="a short gate, in bfloat16 alone")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     began = time.monotonic()
     rank = int(os.environ["LOCAL_RANK"])
@@ -245,30 +301,33 @@ def main() -> int:
     device = torch.device("cuda", rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    say = print if rank == 0 else lambda *args, **options: None
-    out = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        device_id=device if gpu else None,
+        timeout=timedelta(seconds=WAIT),
+    )
     results = {
         "command": " ".join(["torchrun --nproc-per-node 2 benchmarks/parallel.py", *sys.argv[1:]]),
-        "gpu": torch.cuda.get_device_name() if gpu else "",
-        "torch": torch.__version__, "tokens": options.tokens,
-        "gate": [], "rows": [],
+        "made": machine(), "tokens": options.tokens, "gate": [], "rows": [],
     }  # fmt: skip
 
-    def write():
+    def say(*words):
+        """On rank 0, with the seconds; and a process that then does nothing for long says where it
+        stands."""
+        faulthandler.dump_traceback_later(WAIT / 2, repeat=True)
         if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "parallel.json").write_text(json.dumps(results, indent=1) + "\n")
+            print(f"{time.monotonic() - began:6.1f}", *words, flush=True)
+            write_json(options.out, results)
 
     def judged(row):
         results["gate"].append(row)
-        say("ok " if row["ok"] else "BAD", json.dumps(row, default=str)[:230], flush=True)
+        say("ok " if row["ok"] else "BAD", str(row)[:300])
 
-    for row in gate_ops(device, options.quick):
+    say(f"{dist.get_world_size()} ranks over {dist.get_backend()}")
+    for row in gate_ops(device, options.quick, say):
         judged(row)
     for name, (layers, kinds) in MODELS.items() if gpu else ():
+        say(f"model {name} ...")
         judged(gate_model(name, layers, kinds, device))
         torch.cuda.empty_cache()
     held = torch.tensor(float(all(row["ok"] for row in results["gate"])), device=device)
@@ -277,9 +336,8 @@ def main() -> int:
         say("nothing to time on" if held else "the gate is red: nothing is timed")
         dist.destroy_process_group()
         return 0 if held else 1
-    write()
-    say(f"\n{time.monotonic() - began:.0f} s; {results['gpu']}, {options.tokens} tokens")
-    say(f"{'model':20s} {'GPUs':>4s} {'tokens/s':>10s} {'GiB':>6s} {'sent MiB':>9s}")
+    say(f"{results['made']['device']}, {options.tokens} tokens")
+    say(f"{'model':28s} {'GPUs':>4s} {'tokens/s':>10s} {'GiB':>6s}  sent MiB / by formula")
     alone: dict[str, dict] = {}
     for name, (layers, kinds) in MODELS.items():
         for split in (False, True):
@@ -299,10 +357,14 @@ def main() -> int:
             dist.all_reduce(peak, dist.ReduceOp.MAX)
             row = {"model": name, **row, "peak_gib": float(peak)}
             results["rows"].append(row)
-            say(f"{name:20s} {row['gpus']:4d} {row['tokens_per_second']:10.0f} "
-                f"{row['peak_gib']:6.2f} {row['sent_mib']:9.1f}", flush=True)  # fmt: skip
-            write()
-    say(f"{time.monotonic() - began:.0f} s")
+            sent = ", ".join(
+                f"{op} {n / 2**20:.1f}/{row['formula'].get(op, 0) / 2**20:.1f}"
+                for op, n in row["sent"].items()
+            )
+            say(f"{name:28s} {row['gpus']:4d} {row['tokens_per_second']:10.0f} "
+                f"{row['peak_gib']:6.2f}  {sent}")  # fmt: skip
+    say("done")
+    faulthandler.cancel_dump_traceback_later()
     dist.destroy_process_group()
     return 0
 
