@@ -10,8 +10,8 @@
    beside the formulas of the systems.
 
 Writes `benchmarks/results/parallel.json` (or --out) after every line. A collective that waits for
-90 seconds ends the run, and shows where. NVLS stays off. Without GPUs the gate of the operations runs,
-over gloo.
+90 seconds ends the run, and shows where. NVLS stays off. Without GPUs the gate of the operations
+runs, over gloo.
 """
 
 from __future__ import annotations

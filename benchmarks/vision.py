@@ -39,6 +39,7 @@ FIGURE = ROOT / "docs" / "figures" / "vision.svg"
 SIDES = (14, 28, 42, 64)  # tokens a side
 TIMED = (14, 28, 42, 56, 64, 96, 128)
 PATCH = 2
+BATCH = 2**18  # tokens of a timed batch on a GPU
 ENTRIES: dict[str, dict[str, Any]] = {
     "softmax": {"mixer": "softmax"},
     "softmax, gated": {"mixer": "mala", "attention": "softmax"},
@@ -118,10 +119,10 @@ def times(device: str) -> Cells:
 
 def timing(entry: str, side: int, device: str) -> Row:
     """Milliseconds an image of a forward pass, and of a training step: on a GPU in bfloat16, the
-    median of ten batches of 8 after three that do not count; on a CPU the best of three images
-    after one."""
+    median of ten batches after three that do not count, all of as many tokens, so that launching
+    kernels is not what is timed; on a CPU the best of three images after one."""
     model = build(entry, side, device, dims=[192], heads=[6], depths=[4], mlp_ratio=4.0)
-    batch = 8 if device == "cuda" else 1
+    batch = BATCH // side**2 if device == "cuda" else 1
     x = torch.randn(batch, 1, PATCH * side, PATCH * side, device=device)
     half = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
 
@@ -274,9 +275,9 @@ def accuracy_words(rows: dict[str, Row]) -> list[str]:
 
 def time_words(rows: dict[str, Row]) -> list[str]:
     lines = [
-        "Milliseconds an image of a forward pass, four blocks of width 192, six heads (on a GPU in "
-        "bfloat16, batch 8; on a CPU in float32, the best of three single images, while others "
-        "used the CPU too):",
+        f"Milliseconds an image of a forward pass, four blocks of width 192, six heads (on a GPU in "
+        f"bfloat16, batches of {BATCH:,} tokens; on a CPU in float32, the best of three single "
+        "images, while others used the CPU too):",
         "",
         *table(rows, "forward", complete(rows, TIMED), ".3g"),
         "and of a training step:",

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from subquad.mask import show
 from subquad.mask.table import positive
-
-if TYPE_CHECKING:
-    from subquad.mask.tiles import Tiles
+from subquad.mask.tiles import Tiles, tiles
 
 Rect = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -51,12 +50,23 @@ class Mask:
         """The mask of one batch row and one head, of ``planes``; a shared mask is itself."""
         return self
 
+    def plane_in(self, planes: tuple[int, int], b: int, h: int) -> Mask:
+        """The plane at ``(b, h)`` of ``planes``, which this mask's own divide."""
+        batch, heads = self.planes
+        if (batch, heads) == (1, 1):
+            return self
+        return self.plane(b if batch > 1 else 0, h * heads // planes[1])
+
+    def clipped(self, P: int, S: int) -> Mask:
+        """The mask inside positions below ``P`` and keys below ``S``."""
+        return self & First(P, S)
+
     def key_range(self, first: int, last: int, S: int) -> tuple[int, int]:
         """Keys ``[a, b)`` outside which no query at positions first..last sees anything."""
         return 0, S
 
     def spec(self) -> Any:
-        """The mask as nested tuples of constants, which a compiler can follow (see `from_spec`);
+        """The mask as nested tuples of constants, which a compiler can follow (see :mod:`.spec`);
         itself where it holds data."""
         return self
 
@@ -83,8 +93,6 @@ class Mask:
         Raises:
             ValueError: if the mask was made for other lengths, or ``block`` is not positive.
         """
-        from subquad.mask.tiles import tiles
-
         positive("block", block)
         return tiles(self, T, S, block, self.check(T, S, offset))
 
@@ -95,8 +103,6 @@ class Mask:
     def show(self, T: int, S: int | None = None, offset: int | None = None, ax: Any = None) -> Any:
         """Draw the mask: on the matplotlib axes ``ax``, which are returned, or else as text, which
         is printed and returned. Masks that differ over batch or heads are averaged."""
-        from subquad.mask import show
-
         S = T if S is None else S
         self.check(T, S, offset)
         if ax is not None:
@@ -265,14 +271,6 @@ class Stairs(Mask):
         return low, max(low, high)
 
 
-def plane_of(mask: Mask, planes: tuple[int, int], b: int, h: int) -> Mask:
-    """The plane of ``mask`` at ``(b, h)`` of ``planes``, which its own planes divide."""
-    batch, heads = mask.planes
-    if (batch, heads) == (1, 1):
-        return mask
-    return mask.plane(b if batch > 1 else 0, h * heads // planes[1])
-
-
 @dataclass(frozen=True)
 class Join(Mask):
     """What ``&`` and ``|`` share: the parts, and the planes they spread over."""
@@ -287,7 +285,7 @@ class Join(Mask):
     def plane(self, b, h):
         if self.planes == (1, 1):
             return self
-        return type(self)(tuple(plane_of(part, self.planes, b, h) for part in self.parts))
+        return type(self)(tuple(part.plane_in(self.planes, b, h) for part in self.parts))
 
     def _check(self, T, S, offset):
         batch, heads = self.planes
@@ -374,20 +372,3 @@ class Not(Mask):
 
     def _signature(self, rect):
         return self.part._signature(rect)
-
-
-def from_spec(spec: Any) -> Mask:
-    """The mask whose ``spec()`` this is."""
-    if isinstance(spec, Mask):
-        return spec
-    name, *rest = spec
-    if name in ("and", "or"):
-        parts = tuple(from_spec(part) for part in rest)
-        return And(parts) if name == "and" else Or(parts)
-    if name == "not":
-        return Not(from_spec(rest[0]))
-    if name == "neighborhood":
-        from subquad.mask.grid import Axis, Neighborhood
-
-        return Neighborhood(tuple(Axis(*axis) for axis in rest[0]), rest[1])
-    return {"band": Band, "first": First, "stairs": Stairs, "strided": Strided}[name](*rest)

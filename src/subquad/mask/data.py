@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from subquad.mask.algebra import And, Band, Mask, Rect, plane_of
+from subquad.mask.algebra import And, Band, Mask, Rect
 from subquad.mask.table import Table, readable
 
 
@@ -225,7 +225,7 @@ class PerHead(Mask):
         return max(part.planes[0] for part in self.parts), len(self.parts)
 
     def plane(self, b, h):
-        return plane_of(self.parts[h], self.planes, b, 0)
+        return self.parts[h].plane_in(self.planes, b, 0)
 
     def _check(self, T, S, offset):
         for part in set(self.parts):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from subquad.mask.algebra import Mask, Rect, plane_of
+from subquad.mask.algebra import Mask, Rect
 from subquad.mask.table import Table
 
 
@@ -24,7 +24,7 @@ class Placed(Mask):
         return max(batch, len(self.queries.tensor)), heads
 
     def plane(self, b, h):
-        part = plane_of(self.part, self.planes, b, h)
+        part = self.part.plane_in(self.planes, b, h)
         row = slice(b, b + 1) if len(self.queries.tensor) > 1 else slice(None)
         return Placed(part, self.queries[row], self.keys[row])
 

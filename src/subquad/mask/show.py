@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from subquad.mask.algebra import Mask
+if TYPE_CHECKING:
+    from subquad.mask.algebra import Mask
 
 WIDTH = 64  # cells of a picture, at most, on its longer side
 SHADES = " ░▒▓█"

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from subquad.mask.algebra import First, Mask, plane_of
+if TYPE_CHECKING:
+    from subquad.mask.algebra import Mask
 
 COARSE = 16  # the quadtree starts with a grid of at most this many squares a side
 CHUNK = 1 << 22  # pairs evaluated at once
@@ -84,7 +86,7 @@ def tiles(mask: Mask, T: int, S: int, block: int, offset: int) -> Tiles:
     plane = []
     for b in range(B):
         for h in range(H):
-            part = plane_of(mask, (B, H), b, h)
+            part = mask.plane_in((B, H), b, h)
             plane.append(parts.setdefault(part, len(parts)))
     rows = -(-T // block)
     found = [_single(part, T, S, block, offset) for part in parts]
@@ -115,7 +117,7 @@ def _single(
     mask: Mask, T: int, S: int, block: int, offset: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One plane's tiles, sorted: row, column, pattern of each, and the table of bits."""
-    clipped = mask & First(T + offset, S)
+    clipped = mask.clipped(T + offset, S)
     rows, columns = -(-T // block), -(-S // block)
     full, partial = _descend(clipped, rows, columns, block, offset)
     pattern, bits = _evaluate(clipped, partial, block, offset)

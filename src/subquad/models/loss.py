@@ -39,7 +39,7 @@ def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 def count_labels(labels: Tensor) -> Tensor:
     """How many labels count, over all devices that share the sequences; 1 at least."""
     here, count = parallel.current(), (labels != IGNORED).sum()
-    return (count if here is None else here.total(count)).clamp_min(1)
+    return (count if here is None else parallel.total(count, here)).clamp_min(1)
 
 
 def cross_entropy(

@@ -13,6 +13,7 @@ rank's share of it, as that of a weight is: the gradient is their sum.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from subquad.ops import attention as _attention
 from subquad.ops import recurrence as _recurrence
 from subquad.ops import scan as _scan
+from subquad.parallel.collectives import total
 from subquad.parallel.gather import gathered
 from subquad.parallel.lasp2 import lasp2
 from subquad.parallel.mesh import Split, current, sequence
@@ -39,6 +41,7 @@ __all__ = [
     "sequence",
     "shift_left",
     "split",
+    "total",
 ]
 
 
@@ -70,7 +73,8 @@ def linear_attention(
     here = current()
     if here is None:
         return _recurrence.linear_attention(q, k, v, **options)
-    return _recurrence.linear_attention(q, k, v, recurrence=recurrence, total=here.total, **options)
+    summed = partial(total, here=here)
+    return _recurrence.linear_attention(q, k, v, recurrence=recurrence, total=summed, **options)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **options: Any) -> Any:

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from subquad.parallel.collectives import total
 from subquad.parallel.mesh import Split
 
 
@@ -117,4 +118,4 @@ class Cut:
             hole = torch.tensor(empty, device=states.device).view(-1, *[1] * (states.dim() - 1))
             kept = 0 if state is None or self.here.rank else state.to(states.dtype)
             own = torch.where(hole, kept, own)
-        return self.here.total(own)
+        return total(own, self.here)

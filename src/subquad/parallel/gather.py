@@ -28,12 +28,10 @@ def gathered(
     v: Tensor,
     mask: Mask | None = None,
     *,
-    scale: float | None = None,
     offset: int | None = None,
     cu_seqlens: Tensor | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
     mesh: Any = None,
+    **options: Any,
 ) -> Any:
     """LASP-2H's softmax layers: keys and values are gathered, this rank's queries see them all.
 
@@ -41,9 +39,9 @@ def gathered(
         q: ``[B,C,H,K]``; k: ``[B,C,G,K]``; v: ``[B,C,G,V]``, this rank's tokens.
         mask: any mask over the whole sequence; None keeps everything.
         cu_seqlens: int32 ``[N+1]``, the boundaries among all W C tokens.
-        scale, return_lse, backend: as in :func:`subquad.ops.attention.attention`.
         offset: None or 0, the whole sequence's queries stand at its keys.
         mesh: one-dimensional mesh or process group; the one that is set where None.
+        **options: scale, return_lse, backend of :func:`subquad.ops.attention.attention`.
 
     Returns:
         ``o [B,C,H,V]`` of this rank's tokens (and ``lse [B,C,H]``).
@@ -59,8 +57,7 @@ def gathered(
     sizes = [k.shape[3], v.shape[3]]
     everyone = gather(torch.cat([k, v], -1), here, "gather")
     k, v = everyone.transpose(0, 1).reshape(B, -1, k.shape[2], sum(sizes)).split(sizes, -1)
-    options: dict[str, Any] = {"return_lse": return_lse, "backend": backend}
-    return attention(q, k, v, mask, scale=scale, offset=here.rank * C, **options)
+    return attention(q, k, v, mask, offset=here.rank * C, **options)
 
 
 def check_attention(

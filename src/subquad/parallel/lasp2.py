@@ -33,7 +33,7 @@ from subquad.ops import checks
 from subquad.ops.backend import without_autocast
 from subquad.ops.layout import expand_heads
 from subquad.ops.recurrence import recurrence
-from subquad.parallel.collectives import gather, tie
+from subquad.parallel.collectives import gather, tie, total
 from subquad.parallel.cut import Cut
 from subquad.parallel.maps import Affine, fold, handed_on, repeated
 from subquad.parallel.mesh import Split, place
@@ -49,24 +49,23 @@ def lasp2(
     *,
     decay: Tensor | None = None,
     beta: Tensor | None = None,
-    scale: float | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    form: str = "auto",
-    backend: str | None = None,
     exchange: str = "gather",
     mesh: Any = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The (gated) linear recurrence, plain or with the delta rule, over a split sequence.
 
     Args:
         q: ``[B,C,H,K]``, this rank's tokens; so k, v, beta and a decay with a time axis.
-        decay, beta, scale, form, backend: as in :func:`subquad.ops.recurrence.recurrence`.
+        decay, beta: as in :func:`subquad.ops.recurrence.recurrence`.
         state: ``[N,H,K,V]`` before the whole sequences, the same on every rank.
         cu_seqlens: int32 ``[N+1]``, the boundaries among all W C tokens, the same on every rank.
         exchange: "gather" (LASP-2), or "serial": each rank waits for the state of the one before
             (LASP, its predecessor, to compare with).
         mesh: one-dimensional mesh or process group; the one that is set where None.
+        **options: scale, form, backend of that operation.
 
     Returns:
         ``o [B,C,H,V]`` of this rank's tokens, and the state ``[N,H,K,V]`` after the whole sequences
@@ -79,7 +78,6 @@ def lasp2(
     here = place(mesh)
     checks.one_of("exchange", exchange, ("gather", "serial"))
     B, C, _, K = check_recurrence(q, k, v, cu_seqlens, here)
-    scale = K**-0.5 if scale is None else scale
     here.agree("lasp2", q=q, k=k, v=v, decay=decay, beta=beta, state=state, cu_seqlens=cu_seqlens)
     cut = Cut(cu_seqlens, C, here)
     counts = [t.shape[2] for t in (q, k, v, beta) if t is not None]
@@ -90,7 +88,6 @@ def lasp2(
     if state is not None:
         checks.shape("state", state, (N, H, K, v.shape[3]))
         state = state.to(wide)
-    options = {"scale": scale, "form": form, "backend": backend}
     inputs = _Inputs(q, k, v, decay, beta, options, exchange == "serial")
     with without_autocast(q.device.type):
         if beta is None:
@@ -219,8 +216,8 @@ def _carried(
 
         def last() -> Tensor:
             if here.rank + 1 < here.size:
-                return here.total(tie(torch.zeros_like(own.M), own.M))
-            return here.total(own(S) if cut.mine.whole else own.M)
+                return total(tie(torch.zeros_like(own.M), own.M), here)
+            return total(own(S) if cut.mine.whole else own.M, here)
 
         return last, S
     everyone = gather(own.pack(), here, "lasp2")

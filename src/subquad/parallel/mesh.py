@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from subquad.ops import checks
+from subquad.parallel import wire
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -53,8 +55,6 @@ class Split:
         raw = text.encode()[:MESSAGE]
         mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
         everyone = torch.empty(self.size * MESSAGE, dtype=torch.uint8)
-        from subquad.parallel import wire
-
         self.attempt(op, lambda: wire.all_gather(everyone, mine, group=self.control))
         said = everyone.view(self.size, MESSAGE)
         if bool((said != said[0]).any()):
@@ -71,12 +71,6 @@ class Split:
                 f"rank {self.rank} of {self.size} was left alone in {op}: another process of its "
                 f"sequence ended or failed ({str(error).splitlines()[0]})"
             ) from error
-
-    def total(self, t: Tensor) -> Tensor:
-        """The sum of the ranks' tensors, differentiable."""
-        from subquad.parallel.collectives import total
-
-        return total(t, self)
 
 
 def _described(x: Any) -> str:
@@ -151,8 +145,6 @@ def place(mesh: Any) -> Split:
         if _current is None:
             raise ValueError("mesh must be given where no sequence mesh is set, got None")
         return _current
-    import torch.distributed as dist
-
     group = mesh
     if hasattr(mesh, "get_group"):
         if mesh.ndim != 1:
@@ -166,8 +158,6 @@ def place(mesh: Any) -> Split:
 
 def _control(group: Any) -> Any:
     """``group`` itself on the CPU, or else a gloo group of its processes, made once."""
-    import torch.distributed as dist
-
     if dist.get_backend(group) == "gloo":
         return group
     key = group.group_name

@@ -38,14 +38,20 @@ def split(x: Tensor, *, dim: int = 1, fill: float | None = None, mesh: Any = Non
 
 
 def join(x: Tensor, *, dim: int = 1, mesh: Any = None) -> Tensor:
-    """The whole sequence on every rank, differentiable, from each one's tokens."""
+    """The whole sequence on every rank, differentiable, from each one's tokens.
+
+    Raises:
+        ValueError: for tensors that differ in shape between ranks.
+    """
     here = place(mesh)
+    here.agree("join", x=[*x.shape, x.dtype])
     return torch.cat(tuple(gather(x, here, "join")), dim)
 
 
 def shift_left(x: Tensor, fill: int, *, mesh: Any = None) -> Tensor:
     """``x [B,C]`` moved one to the left over the whole sequence, which ends with ``fill``."""
     here = place(mesh)
+    here.agree("shift_left", x=[*x.shape, x.dtype])
     firsts = gather(x[:, :1], here, "shift_left")
     last = here.rank + 1 == here.size
     beyond = torch.full_like(x[:, :1], fill) if last else firsts[here.rank + 1]
@@ -68,6 +74,7 @@ class Before:
             raise ValueError(f"a rank must hold at least {P} tokens for a convolution, got {C}")
         self._cut = cut = Cut(cu_seqlens, C, here)
         self._given = past
+        here.agree("a short convolution", x=x, past=past, cu_seqlens=cu_seqlens)
         self.cu_seqlens = cut.cu
         self._tails = gather(x[:, C - P :], here, "a short convolution")
         head = self._tails[here.rank - 1]

@@ -61,12 +61,10 @@ def ulysses(
     v: Tensor,
     mask: Mask | None = None,
     *,
-    scale: float | None = None,
     offset: int | None = None,
     cu_seqlens: Tensor | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
     mesh: Any = None,
+    **options: Any,
 ) -> Any:
     """Softmax attention over a split sequence, a share of the heads on every rank.
 
@@ -75,9 +73,9 @@ def ulysses(
             G a multiple or a divisor of W (then heads are sent to several ranks).
         mask: any mask over the whole sequence whose heads agree; None keeps everything.
         cu_seqlens: int32 ``[N+1]``, the boundaries among all T tokens.
-        scale, return_lse, backend: as in :func:`subquad.ops.attention.attention`.
         offset: None or 0, the whole sequence's queries stand at its keys.
         mesh: one-dimensional mesh or process group; the one that is set where None.
+        **options: scale, return_lse, backend of :func:`subquad.ops.attention.attention`.
 
     Returns:
         ``o [B,C,H,V]`` of this rank's tokens (and ``lse [B,C,H]``).
@@ -96,11 +94,10 @@ def ulysses(
     k, v = dealt("k", k, here), dealt("v", v, here)
     check_attention(q, k, v, mask, offset, cu_seqlens, here, "ulysses")
     q, k, v = (scatter_heads(x, here) for x in (q, k, v))
-    options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "backend": backend}
-    if not return_lse:
-        return gather_heads(attention(q, k, v, mask, **options), here)
-    o, lse = attention(q, k, v, mask, return_lse=True, **options)
-    return gather_heads(o, here), gather_heads(lse, here)
+    found = attention(q, k, v, mask, cu_seqlens=cu_seqlens, **options)
+    if isinstance(found, tuple):
+        return tuple(gather_heads(t, here) for t in found)
+    return gather_heads(found, here)
 
 
 def ulysses_recurrence(
@@ -110,12 +107,10 @@ def ulysses_recurrence(
     *,
     decay: Tensor | None = None,
     beta: Tensor | None = None,
-    scale: float | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    form: str = "auto",
-    backend: str | None = None,
     mesh: Any = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The (gated, delta) linear recurrence over a split sequence, a share of the heads on every
     rank.
@@ -123,10 +118,11 @@ def ulysses_recurrence(
     Args:
         q: ``[B,C,H,K]``, this rank's tokens; so k, v, beta and a decay with a time axis. Every head
             count is a multiple or a divisor of W, the largest one a multiple.
-        decay, beta, scale, form, backend: as in :func:`subquad.ops.recurrence.recurrence`.
+        decay, beta: as in :func:`subquad.ops.recurrence.recurrence`.
         state: ``[N,H,K,V]`` before the whole sequences, the same on every rank.
         cu_seqlens: int32 ``[N+1]``, the boundaries among all T tokens.
         mesh: one-dimensional mesh or process group; the one that is set where None.
+        **options: scale, form, backend of that operation.
 
     Returns:
         ``o [B,C,H,V]`` of this rank's tokens, and the state ``[N,H,K,V]`` after the whole sequences
@@ -151,11 +147,9 @@ def ulysses_recurrence(
         got["decay"] = decay.repeat_interleave(H // len(decay))[mine]
     o, last = recurrence(
         **got,  # type: ignore[arg-type]
-        scale=scale,
         state=None if state is None else state[:, mine],
         cu_seqlens=cu_seqlens,
-        form=form,  # type: ignore[arg-type]
-        backend=backend,
+        **options,
     )
     o = gather_heads(o, here)
     if not here.states:

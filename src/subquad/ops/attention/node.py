@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.mask import Mask
-from subquad.mask.algebra import from_spec
+from subquad.mask.spec import from_spec
 
 _CONSTANTS: dict[Mask, int] = {}
 
