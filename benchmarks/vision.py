@@ -275,7 +275,7 @@ def accuracy_words(rows: dict[str, Row]) -> list[str]:
 
 def time_words(rows: dict[str, Row]) -> list[str]:
     lines = [
-        f"Milliseconds an image of a forward pass, four blocks of width 192, six heads (on a GPU in "
+        "Milliseconds an image of a forward pass, four blocks of width 192, six heads (on a GPU in "
         f"bfloat16, batches of {BATCH:,} tokens; on a CPU in float32, the best of three single "
         "images, while others used the CPU too):",
         "",
