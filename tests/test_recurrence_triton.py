@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from subquad.bench.recurrence import Case, decode_defined, decode_inputs, errors
-from subquad.ops.backend import interpreted
-from subquad.ops.backend import backend
+from subquad.ops.backend import backend, interpreted
 from subquad.ops.recurrence import recurrence
 from subquad.ops.recurrence.reference import recurrence as definition
 
