@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class RecurrentMixer(Mixer):
     """
 
     delta: ClassVar[bool] = False
+    A_log: Tensor  # of those that decode in one launch
+    dt_bias: Tensor
 
     def __init__(self, *, dim: int, heads: int, key_dim: int, value_dim: int) -> None:
         super().__init__(dim=dim)
@@ -161,7 +163,7 @@ class QKVMixer(RecurrentMixer):
         q, k, v = out
         return q, k, v, state
 
-    def one_token(self, x: Tensor, context: Context, decay: str) -> bool:
+    def one_token(self, x: Tensor, context: Context, decay: Literal["head", "channel"]) -> bool:
         """Whether :meth:`decode` may take ``x``: a token a row, with a past and without gradients,
         padding or packing, where the recurrence's GPU kernels are chosen."""
         past = context.past("S")
@@ -201,8 +203,6 @@ class QKVMixer(RecurrentMixer):
         """
         from subquad.ops.recurrence.triton.decode import decode_layer, fits_gate
 
-        names = [f"{n}_conv" for n in "qkv"]
-        convs = [self.get_submodule(n) for n in names]
         past = context.state
         assert past is not None
         q, k, v = (
@@ -213,15 +213,17 @@ class QKVMixer(RecurrentMixer):
         inside = fits_gate(self.key_dim, self.value_dim)
         o, nexts = decode_layer(
             q, k, v,
-            pasts=tuple(past[n] for n in names),
-            weights=tuple(c.weight[:, 0] for c in convs),
+            pasts=(past["q_conv"], past["k_conv"], past["v_conv"]),
+            weights=(self.q_conv.weight[:, 0], self.k_conv.weight[:, 0], self.v_conv.weight[:, 0]),
             decay=decay[:, 0], A_log=self.A_log, dt_bias=self.dt_bias, beta=beta[:, 0],
             state=past["S"], gate=gate if inside else None, norm=norm.weight if inside else None,
             activation=norm.activation, norm_eps=norm.eps, **options,
         )  # fmt: skip
         if not inside:
             o = norm(o, gate)
-        return o.flatten(1)[:, None], {**dict(zip(names, nexts, strict=True)), "S": past["S"]}
+        q, k, v = nexts
+        state = {"q_conv": q, "k_conv": k, "v_conv": v, "S": past["S"]}
+        return o.flatten(1)[:, None], state
 
 
 def low_rank(dim: int, rank: int, width: int, *, bias: bool = False) -> nn.Sequential:
