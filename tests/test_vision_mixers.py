@@ -186,6 +186,11 @@ def test_mala_grows_sharper_with_the_query_and_division_does_not():
     close(weights[0.0001], bidirectional_weights(q, k, "divide"), 1e-3)
     ratio = [weights[a].amax(-1) / weights[a].median(-1).values for a in (1, 8)]
     assert (ratio[1].abs() > ratio[0].abs()).double().mean() > 0.9
+    order = s.argsort(-1, descending=True)  # any two keys of a row: their ratio tends to a limit
+    high, low = (s.gather(-1, order[..., i : i + 1]) for i in (0, 9))
+    far = bidirectional_weights(1e6 * q, k, "magnitude")
+    far = [far.gather(-1, order[..., i : i + 1]) for i in (0, 9)]
+    close(far[0] / far[1], (high - z / 64) / (low - z / 64), 1e-3)
     equal = bidirectional_weights(q, k[:, :1].expand_as(k), "magnitude")
     close(equal, torch.full_like(equal, 1 / 64))
 
@@ -227,16 +232,28 @@ def test_rala_gate_lifts_the_rank():
     mixer = subquad.create_mixer("rala", dim=32, heads=1).double()
     q, k, v = (p(x).unflatten(-1, (1, 32)) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
     y = mixer.attend(q, k, v, (16, 16)).flatten(-2)[0]
-    entropy = []
+    entropy, rank = [], []
     for out in (y, y * mixer.g_proj(x)[0]):
-        p = torch.linalg.svdvals(out).square()
-        p = p / p.sum()
+        p = torch.linalg.svdvals(out)
+        rank.append(int((p > 1e-3 * p[0]).sum()))
+        p = p.square() / p.square().sum()
         entropy.append(torch.exp(-(p * p.clamp_min(1e-30).log()).sum()))
     assert entropy[1] > 1.5 * entropy[0]
+    assert rank[0] < 16 < 28 < rank[1]
 
 
-def test_a_closed_gate_leaves_the_bias():
-    mixer = subquad.create_mixer("mala", dim=8, heads=2)
+def test_rala_of_equal_keys_is_linear_attention():
+    q, k, v = (draw(1, 30, 2, 8, seed=i) for i in range(3))
+    q, k = positive(q), positive(k[:, :1]).expand(1, 30, 2, 8)
+    alpha = weights_of_keys(q, k)
+    close(
+        bidirectional(q, alpha[..., None] * k, v, "divide"), bidirectional(q, k, v, "divide"), 1e-9
+    )
+
+
+@pytest.mark.parametrize("key", ["mala", "rala"])
+def test_a_closed_gate_leaves_the_bias(key):
+    mixer = subquad.create_mixer(key, dim=8, heads=2)
     torch.nn.init.zeros_(mixer.g_proj.weight)
     torch.nn.init.zeros_(mixer.g_proj.bias)
     close(mixer(torch.randn(1, 6, 8), grid=(2, 3))[0], mixer.o_proj.bias.expand(1, 6, 8))
@@ -295,7 +312,7 @@ def test_newton_finds_the_inverse_and_its_gradient():
     assert residual[-1] < 1e-7
     assert all(a > b or b < 1e-9 for a, b in itertools.pairwise(residual))
     close(A @ newton_inverse(A) @ A, A, 1e-7)
-    assert (A @ newton_inverse(A, ridge=0.01) @ A - A).abs().max() < 0.02
+    assert (A @ newton_inverse(A, ridge=0.01) @ A - A).abs().max() <= 0.01
     grads = []
     for inverse in (newton_inverse, torch.linalg.inv):
         a = A.clone().requires_grad_()
@@ -306,6 +323,8 @@ def test_newton_finds_the_inverse_and_its_gradient():
 
 def test_equal_landmarks_stay_finite():
     L = marks(6).repeat(1, 2, 1, 1)
+    A = gaussian(L[0, :, 0], L[0, :, 0])
+    close(newton_inverse(A), torch.linalg.pinv(A, hermitian=True, rtol=1e-8), 1e-9)
     for normalize in (True, False):
         q, v = draw(1, 20, 1, 8), draw(1, 20, 1, 5)
         o = landmark_attention(q, L, v, normalize=normalize)
@@ -331,6 +350,15 @@ def test_the_normalised_matrix_does_not_grow_with_the_landmarks():
     assert norms[False][0] < norms[False][1] < norms[False][2]
     assert norms[True][0] >= norms[True][1] >= norms[True][2]
     assert middle(A, normalize=True).isfinite().all()
+
+
+def test_soft_is_linear_where_the_landmarks_stay():
+    """Twice the side and twice the ratio: four times the tokens, as many landmarks."""
+    flops = [subquad.create_mixer("soft", dim=64, heads=2, ratio=r).flops((7 * r) ** 2)
+             for r in (16, 32, 64)]  # fmt: skip
+    assert all(3.9 < b / a <= 4.0 for a, b in itertools.pairwise(flops))
+    mixer = subquad.create_mixer("soft", dim=64, heads=2, ratio=8)
+    assert mixer.flops(112**2) > 5 * mixer.flops(56**2)
 
 
 def test_a_result_does_not_depend_on_the_batch():
