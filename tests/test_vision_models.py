@@ -41,6 +41,8 @@ def test_a_pyramid_is_what_timm_users_expect():
     assert model.feature_info.channels() == [32, 64]
     assert model.feature_info.reduction() == [4, 16]
     assert model.feature_info.module_name() == ["stages.1", "stages.3"]
+    assert model.feature_info.out_indices == [1, 3]
+    assert model.feature_info.get_dicts(["num_chs"]) == [{"num_chs": 32}, {"num_chs": 64}]
     assert model.head is None
     blocks = create_vision_model("micro", features_only=True, out_indices=(0, 3))
     assert [tuple(m.shape) for m in blocks(torch.randn(1, 1, 8, 8))] == [(1, 48, 4, 4)] * 2
@@ -158,7 +160,13 @@ BAD = [
     ({"mixer": {"window": 3}}, "mixer must be a key or have one as 'mixer'"),
     ({"heads": [1, 2]}, "heads must have 4 stages as dims has"),
     ({"layers": ["mala"], "mixers": {}}, "layers must be one pattern or 4"),
-    ({"out_indices": (4,)}, "out_indices must lie in -4..3, got 4"),
+    ({"mixer": 3}, "mixer must be a key or have one as 'mixer', got 3"),
+    ({"features_only": True, "out_indices": (4,)}, "out_indices must lie in -4..3, got 4"),
+    ({"features_only": True, "out_indices": (True,)}, "out_indices must lie in -4..3, got True"),
+    ({"features_only": True, "out_indices": ()}, "out_indices must name a map"),
+    ({"features_only": True, "out_indices": 2}, "out_indices must be a tuple of indices, got 2"),
+    ({"out_indices": (1,)}, "takes features_only=True"),
+    ({"classes": -1}, "classes must be a non-negative int"),
     ({"stem": "convs"}, "did you mean 'conv'"),
     ({"stem": "conv"}, "patch must be 4 where stem is 'conv', got 2"),
     ({"drop_path": 1.0}, "drop_path must lie in 0..1"),
@@ -180,6 +188,22 @@ def test_bad_images_are_refused():
         model(torch.randn(2, 3, 8, 8))
     with pytest.raises(ValueError, match="sides that patch=2 divides"):
         model(torch.randn(2, 1, 7, 8))
+    with pytest.raises(ValueError, match=r"must be floating point and not empty, got torch\.uint8"):
+        model(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"not empty, got torch\.float32 \[2, 1, 0, 8\]"):
+        model(torch.zeros(2, 1, 0, 8))
+    x = torch.randn(2, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"labels must have shape \[2\], got \[1\]"):
+        model(x, labels=torch.tensor([0]))
+    with pytest.raises(ValueError, match="labels must be int64"):
+        model(x, labels=torch.tensor([0.0, 1.0]))
+    with pytest.raises(ValueError, match="num_classes must be a non-negative int, got -1"):
+        model.reset_classifier(-1)
+    maps = create_vision_model("micro", features_only=True)
+    with pytest.raises(ValueError, match="None with features_only"):
+        maps(x, labels=torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="num_classes must not be set"):
+        maps.reset_classifier(3)
 
 
 def test_public_name():

@@ -113,10 +113,14 @@ class VisionConfig(PreTrainedConfig):
             raise ValueError(f"layers must be one pattern or {stages}, got {self.layers}")
         if isinstance(self.layer_scale, list) and len(self.layer_scale) != stages:
             raise ValueError(f"layer_scale must be one or {stages} values, got {self.layer_scale}")
+        if self.out_indices is not None and (not self.out_indices or not self.features_only):
+            raise ValueError(
+                f"out_indices must name a map, and takes features_only=True, got {self.out_indices}"
+            )
         for index in self.out_indices or ():
-            if not -self.levels <= index < self.levels:
+            if type(index) is not int or not -self.levels <= index < self.levels:
                 raise ValueError(
-                    f"out_indices must lie in {-self.levels}..{self.levels - 1}, got {index}"
+                    f"out_indices must lie in {-self.levels}..{self.levels - 1}, got {index!r}"
                 )
         check_mixers([alias for stage in self.patterns for alias in stage], self.mixers)
 

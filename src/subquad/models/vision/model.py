@@ -6,6 +6,7 @@ Legend: B batch, H and W pixels, C channels of a stage.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,19 @@ from transformers.modeling_utils import PreTrainedModel
 
 from subquad.models.vision.blocks import Block, Stage, stem
 from subquad.models.vision.config import VisionConfig
+from subquad.ops import checks
 
 
 class FeatureInfo(list):
-    """Of each map that the model returns: ``num_chs``, ``reduction`` (pixels a side) and
-    ``module``, with the accessors that timm has."""
+    """Of each map that the model returns: ``num_chs``, ``reduction`` (pixels a side), ``module``
+    and ``index``, with the accessors that timm has."""
+
+    @property
+    def out_indices(self) -> list[int]:
+        return [level["index"] for level in self]
+
+    def get_dicts(self, keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        return [{key: level[key] for key in keys or level} for level in self]
 
     def channels(self) -> list[int]:
         return [level["num_chs"] for level in self]
@@ -68,16 +77,23 @@ class VisionModel(PreTrainedModel):
         """Classify, or with ``features_only`` return the maps of ``out_indices``.
 
         Args:
-            pixel_values: ``[B,channels,H,W]``.
-            labels: int ``[B]``; then there is a loss.
+            pixel_values: floating point ``[B,channels,H,W]``.
+            labels: int64 ``[B]``; then there is a loss.
 
         Returns:
             ``logits [B,classes]`` (pooled features where ``classes`` is 0); or a list of maps
             ``[B,C,H/r,W/r]``, r as ``feature_info`` says.
 
         Raises:
-            ValueError: for an input of other channels, or too small for the patches.
+            ValueError: for an input of other channels, or too small for the patches, and for labels
+                that do not fit.
         """
+        if labels is not None:
+            checks.shape("labels", labels, (len(pixel_values),))
+            if labels.dtype != torch.int64 or self.config.features_only:
+                raise ValueError(
+                    f"labels must be int64, and None with features_only, got {labels.dtype}"
+                )
         if self.config.features_only:
             levels = self._levels(pixel_values)
             return [levels[i] for i in self._indices()]
@@ -99,7 +115,14 @@ class VisionModel(PreTrainedModel):
         return x if pre_logits or last is None else last(x)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A fresh head for other classes; 0 takes it away."""
+        """A fresh head for other classes; 0 takes it away.
+
+        Raises:
+            ValueError: for a negative number, or where the model has features only.
+        """
+        checks.positive("num_classes", num_classes, zero=True)
+        if self.config.features_only:
+            raise ValueError("num_classes must not be set where features_only is True")
         self.config.classes = num_classes
         self._make_head(num_classes)
         for module in (self.norm, self.head):
@@ -114,7 +137,8 @@ class VisionModel(PreTrainedModel):
             stage = 0 if len(config.dims) == 1 else level
             name = f"stages.0.blocks.{level}" if len(config.dims) == 1 else f"stages.{level}"
             reduction = config.patch * 2**stage
-            info.append({"num_chs": config.dims[stage], "reduction": reduction, "module": name})
+            found = {"num_chs": config.dims[stage], "reduction": reduction, "module": name}
+            info.append({**found, "index": level})
         return info
 
     def state_bytes(self, T: int, dtype: torch.dtype | None = None) -> int:
@@ -136,6 +160,10 @@ class VisionModel(PreTrainedModel):
         config = self.config
         if x.dim() != 4 or x.shape[1] != config.channels:
             raise ValueError(f"pixel_values must be [B,{config.channels},H,W], got {list(x.shape)}")
+        if not x.is_floating_point() or 0 in x.shape:
+            raise ValueError(
+                f"pixel_values must be floating point and not empty, got {x.dtype} {list(x.shape)}"
+            )
         if config.stem == "patch" and (x.shape[2] % config.patch or x.shape[3] % config.patch):
             raise ValueError(
                 f"pixel_values must have sides that patch={config.patch} divides, "

@@ -116,9 +116,10 @@ def vision_config(
     checks.one_of("name", name, VISION_PRESETS)
     preset = {**VISION_PRESETS[name]}
     if mixer is not None:
-        options = {"mixer": mixer} if isinstance(mixer, str) else dict(mixer)
-        if "mixer" not in options:
-            raise ValueError(f"mixer must be a key or have one as 'mixer', got {dict(mixer)}")  # type: ignore[arg-type]
+        options = {"mixer": mixer} if isinstance(mixer, str) else mixer
+        if not isinstance(options, Mapping) or "mixer" not in options:
+            raise ValueError(f"mixer must be a key or have one as 'mixer', got {mixer!r}")
+        options = dict(options)
         key = options.pop("mixer")
         layers = preset["layers"]
         old = [layers] if isinstance(layers, str) else layers
@@ -152,6 +153,8 @@ def create_vision_model(
     Raises:
         ValueError: for an unknown name or mixer (with the nearest ones), and values out of range.
     """
+    if out_indices is not None and not isinstance(out_indices, (list, tuple)):
+        raise ValueError(f"out_indices must be a tuple of indices, got {out_indices!r}")
     outs = None if out_indices is None else list(out_indices)
     made = vision_config(name, mixer, features_only=features_only, out_indices=outs, **config)
     return VisionModel(made)
