@@ -2,11 +2,13 @@
 
     python benchmarks/policies.py                  # the whole table (a GPU with 80 GB or more)
     python benchmarks/policies.py --quick          # the same code on small shapes, any device
+    python benchmarks/policies.py --only layer --profile profiles  # and each policy's kernels
 
-Prefill: one attention layer, choosing included, against dense causal SDPA (cuDNN on a GPU) on the
-same tensors. Decode: the whole model, tokens/s and bytes of the cache, against its own full cache.
-Before a policy is timed, its small form must agree with dense attention over a covering budget;
-otherwise nothing is printed. Cases that lose are printed like the others.
+"layer" is the attention of one layer's prompt, choosing included, beside dense causal SDPA (cuDNN
+on a GPU) on the same tensors; "prompt" the whole model's prompt; "token" the whole model's decoding
+with the bytes of the cache. Before anything is timed, attention by the policies must agree with
+dense attention in float64 where their budgets cover the text; otherwise nothing is. Every row is
+printed and written as soon as it is measured, cases that lose like the others.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import subquad
 from subquad.bench.measure import timed
-from subquad.bench.policies import cache_bytes, policy
+from subquad.bench.policies import cache_bytes, new_cache, policy
 from subquad.bench.results import machine, write_json
 from subquad.policies import Duo
 from subquad.policies.base import Call, Policy, Site, Tally
@@ -38,82 +41,140 @@ SIZES = {"dim": 1536, "mlp": 8960, "layers": 28, "heads": 12, "kv_heads": 2, "he
 SMALL = {"dim": 64, "mlp": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16}
 # At T tokens, budgets for about 10% of the pairs; what was reached is measured and printed.
 PREFILL = {
-    "vertical_slash": lambda T: f"vertical_slash:vertical={T // 40},slash={T // 40}",
+    "vertical_slash": lambda T: f"vertical_slash:vertical={T // 40},slash={100 + T // 500}",
     "block_topk": lambda T: f"block_topk:block=64,topk={max(3, T // 1280)},variant=frontier",
-    "flexprefill": lambda T: f"flexprefill:gamma=0.5,tau=0,max_budget={max(512, T // 20)}",
+    "flexprefill": lambda T: f"flexprefill:gamma=0.95,tau=0,max_budget={max(512, T // 14)}",
     "hip": lambda T: f"hip:budget={max(512, T // 20 // 128 * 128)},dense_layers=0",
     "hip, coarse": lambda T: (
         f"hip:budget={max(512, T // 20 // 128 * 128)},rows=64,block=4,dense_layers=0"
     ),
+    "hip, shared": lambda T: (
+        f"hip:budget={max(512, T // 20 // 128 * 128)},rows=64,block=4,share=True,dense_layers=0"
+    ),
+    "hip, 2048": lambda T: "hip:budget=2048,rows=64,block=4,dense_layers=0",
 }
 DECODE = {
     "quest": lambda T: "quest:budget=1024",
     "snapkv": lambda T: "snapkv:capacity=1024",
     "duo": lambda T: "duo:sparsity=0.75",
 }
+COVERING = (
+    "vertical_slash:vertical={T},slash={T}",
+    "block_topk:block=64,topk={T}",
+    "flexprefill:gamma=1,tau=0,min_budget=128",
+    "hip:budget={T},dense_layers=0",
+)
+KINDS = ("layer", "token", "prompt")
+
+
+class Table:
+    """Rows, printed and written as they come."""
+
+    def __init__(self, out: Path | None, head: dict[str, Any]) -> None:
+        self.out, self.head, self.rows = out, head, []
+
+    def add(self, kind: str, T: int, name: str, took: float, peer: float, **more: Any) -> None:
+        row = {"kind": kind, "tokens": T, "policy": name, "seconds": took, "full": peer, **more}
+        note = ", ".join(f"{key} {value:.4g}" for key, value in more.items() if value is not None)
+        print(
+            f"{kind:7}{T:>8,} {took * 1e3:10.3f} ms {peer / took:6.2f}x  {name}  {note}", flush=True
+        )
+        self._keep(row)
+
+    def fail(self, kind: str, T: int, name: str, error: Exception) -> None:
+        print(f"{kind:7}{T:>8,} {name}: {str(error).splitlines()[0]}", flush=True)
+        self._keep({"kind": kind, "tokens": T, "policy": name, "failed": str(error)[:300]})
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        if self.out is not None:
+            write_json(self.out, {**self.head, "rows": self.rows})
 
 
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     asked.add_argument("--quick", action="store_true", help="small shapes")
     asked.add_argument("--lengths", type=int, nargs="+", help="tokens")
+    asked.add_argument("--only", nargs="+", choices=KINDS, default=KINDS, help="kinds of rows")
+    asked.add_argument("--policies", nargs="+", help="names of rows; all where not given")
+    asked.add_argument("--profile", type=Path, help="a folder for the kernels of each layer's row")
     asked.add_argument("--out", type=Path, help="results/policies.json; with --quick none")
     options = asked.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not options.quick:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not options.quick:
         asked.error("the whole table needs a GPU; --quick runs anywhere")
     sizes = SMALL if options.quick else SIZES
     lengths = options.lengths or ([1024] if options.quick else [32768, 131072])
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    gate()
-    rows: list[dict[str, Any]] = []
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    gate(sizes, device, dtype)
     out = options.out or (None if options.quick else RESULTS / "policies.json")
-
-    def keep() -> None:
-        if out is not None:
-            write_json(out, {"made": machine(), "sizes": sizes, "dtype": str(dtype), "rows": rows})
-
-    for T in lengths:
-        rows += prefill(T, sizes, device, dtype, repeats=3 if options.quick else 5)
+    table = Table(out, {"made": machine(), "sizes": sizes, "dtype": str(dtype)})
+    wanted = {
+        kind: {k: v for k, v in rows.items() if not options.policies or k in options.policies}
+        for kind, rows in (("prefill", PREFILL), ("decode", DECODE))
+    }
+    if "layer" in options.only:
+        for T in lengths:
+            layer(table, wanted["prefill"], T, sizes, device, dtype, options.profile)
+    if set(options.only) == {"layer"}:
+        return
     model = random_model(sizes, max(lengths) + 64, device, dtype)
-    keep()
     for T in lengths:
-        rows += decode(model, sizes, T, device, steps=8 if options.quick else 16)
-        keep()
-    if out is not None:
-        print(out)
+        ids = torch.randint(100, (1, T), generator=torch.Generator().manual_seed(1)).to(device)
+        if "token" in options.only:
+            tokens(table, wanted["decode"], model, ids, sizes, steps=8 if options.quick else 32)
+        if "prompt" in options.only:
+            prompts(table, wanted["prefill"], model, ids)
 
 
-def gate() -> None:
+def gate(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> None:
     """Stop unless covering budgets give dense attention."""
-    q, k, v = (torch.randn(1, 96, n, 16) for n in (4, 2, 2))
-    want = dense(q, k, v)
-    for text in ("vertical_slash:vertical=99,slash=99", "block_topk:topk=64", "flexprefill"):
-        got = policy(text).prefill(call(policy(text), q, k, v))
-        if not torch.allclose(got, want, atol=1e-4):
-            sys.exit(f"{text} does not equal dense attention; nothing is timed")
+    T = 300 if device.type == "cpu" else 1500
+    q, k, v = structured(T, sizes, device, dtype)
+    want = dense(*(x.double() for x in (q, k, v)))
+    for text in COVERING:
+        chosen = policy(text.format(T=T))
+        got = chosen.prefill(call(chosen, q, k, v)).double()
+        error = float((got - want).norm() / want.norm())
+        if not error < (1e-2 if dtype == torch.bfloat16 else 1e-5):
+            sys.exit(f"{text} is {error:.1e} from dense attention; nothing is timed")
+        print(f"{text.format(T=T)}: {error:.1e} from dense attention in float64", flush=True)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    fast = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if q.is_cuda else nullcontext()
-    with fast:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
-            1, 2
-        )
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def fastest_dense(q: Tensor, k: Tensor, v: Tensor, repeats: int) -> tuple[float, str]:
+    """Seconds of dense attention: the best of cuDNN with grouped and with repeated heads."""
+    if not q.is_cuda:
+        return best(lambda: dense(q, k, v), repeats, q.device), "SDPA"
+    group = q.shape[2] // k.shape[2]
+    wide = [x.repeat_interleave(group, 2) for x in (k, v)]
+    found = []
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        for name, (a, b) in {"cuDNN, grouped": (k, v), "cuDNN, repeated": wide}.items():
+            try:
+                found.append((best(lambda a=a, b=b: dense(q, a, b), repeats, q.device), name))
+            except RuntimeError as error:
+                print(f"{name}: {str(error).splitlines()[0]}", flush=True)
+    return min(found)
 
 
 def call(chosen: Policy, q: Tensor, k: Tensor, v: Tensor, tally: Tally | None = None) -> Call:
     """A prompt in one attention layer."""
     site = Site(5, 28, q.shape[2], k.shape[2], q.shape[3], None)
-    layer = chosen.layer(site)
-    layer.update(k.transpose(1, 2), v.transpose(1, 2))
+    held = chosen.layer(site)
+    held.update(k.transpose(1, 2), v.transpose(1, 2))
     places = torch.arange(q.shape[1], device=q.device)[None]
     scale = q.shape[3] ** -0.5
-    return Call(site, q, k, v, layer, scale, None, places, lambda x, p: x, tally)
+    return Call(site, q, k, v, held, scale, None, places, lambda x, p: x, tally)
 
 
-def structured(T: int, sizes: dict[str, int], device: str, dtype: torch.dtype) -> list[Tensor]:
+def structured(
+    T: int, sizes: dict[str, int], device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
     """Random q, k, v in which a few keys are looked at by all and neighbours resemble each other,
     as in real models; on pure noise no choice is better than another."""
     generator = torch.Generator(device).manual_seed(0)
@@ -133,75 +194,96 @@ def structured(T: int, sizes: dict[str, int], device: str, dtype: torch.dtype) -
     return [x.to(dtype) for x in (q, k, v)]
 
 
-def prefill(
-    T: int, sizes: dict[str, int], device: str, dtype: torch.dtype, repeats: int
-) -> list[dict[str, Any]]:
+def layer(
+    table: Table,
+    rows: dict[str, Any],
+    T: int,
+    sizes: dict[str, int],
+    device: torch.device,
+    dtype: torch.dtype,
+    profiles: Path | None,
+) -> None:
     """One layer's attention over a prompt, side by side with dense SDPA."""
     q, k, v = structured(T, sizes, device, dtype)
-    peer = best(lambda: dense(q, k, v), repeats, q.device)
-    show(
-        "prefill", T, "dense SDPA" + " (cuDNN)" * (device == "cuda"), peer, peer, "100.0% of pairs"
-    )
-    rows = [{"phase": "prefill", "tokens": T, "policy": "full", "seconds": peer, "pairs": 1.0}]
-    for name, text in PREFILL.items():
-        chosen = named(text(T))
-        if chosen is None:
-            print(f"prefill {T:>9,}  {name}: not in this version")
-            continue
-        tally, made = Tally(), call(chosen, q, k, v)
-        row = {"phase": "prefill", "tokens": T, "policy": text(T)}
+    peer, name = fastest_dense(q, k, v, 5)
+    table.add("layer", T, f"full ({name})", peer, peer)
+    for entry in rows.values():
+        text = entry(T)
+        chosen = policy(text)
+        made = call(chosen, q, k, v)
         try:
-            took = best(lambda chosen=chosen, made=made: chosen.prefill(made), repeats, q.device)
-            chosen.prefill(call(chosen, q, k, v, tally))
+            took = best(lambda chosen=chosen, made=made: chosen.prefill(made), 3, device)
+            tally = Tally()
+            with torch.inference_mode():
+                chosen.prefill(call(chosen, q, k, v, tally))
+            share = tally.prefill.attended / made.visible()
+            with torch.inference_mode():
+                kernels = busy(lambda chosen=chosen, made=made: chosen.prefill(made), device)
+            table.add("layer", T, text, took, peer, pairs=share, kernels=kernels)
+            if profiles is not None:
+                profiled(lambda chosen=chosen, made=made: chosen.prefill(made), profiles, text, T)
         except RuntimeError as error:  # out of memory, say: the other policies' rows still count
-            print(f"prefill {T:>9,}  {text(T)}: {str(error).splitlines()[0]}")
-            rows.append({**row, "failed": str(error)[:300]})
-            continue
-        share = tally.prefill.attended / made.visible()
-        show("prefill", T, text(T), took, peer, f"{share:.1%} of pairs")
-        rows.append({**row, "seconds": took, "pairs": share})
-    return rows
+            table.fail("layer", T, text, error)
 
 
-def decode(
-    model: Any, sizes: dict[str, int], T: int, device: str, steps: int
-) -> list[dict[str, Any]]:
-    """Tokens/s of the whole model behind a prompt, and the bytes of its cache."""
-    from transformers import DynamicCache
+def prompts(table: Table, rows: dict[str, Any], model: Any, ids: Tensor) -> None:
+    """The whole model's prompt, side by side with the model alone."""
+    T = ids.shape[1]
 
-    rows, peer = [], None
-    ids = torch.randint(100, (1, T), generator=torch.Generator().manual_seed(1)).to(device)
-    for name, text in {"full": None, **DECODE}.items():
-        chosen = None if text is None else named(text(T))
-        if text is not None and chosen is None:
-            print(f"decode  {T:>9,}  {name}: not in this version")
-            continue
+    def read(on: Any) -> float:
+        times = []
+        for _ in range(2):
+            cache = new_cache(model) if on is None else on.new_cache()
+            with torch.inference_mode():
+                run = partial(model, ids, past_key_values=cache, logits_to_keep=1)
+                times.append(timed(run, ids.device)[0])
+            del cache, run
+        return min(times)
+
+    fast = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if ids.is_cuda else nullcontext()
+    with fast:
+        peer = read(None)
+    table.add("prompt", T, "full (cuDNN)" if ids.is_cuda else "full", peer, peer)
+    for entry in rows.values():
+        text = entry(T)
+        try:
+            with subquad.apply(model, policy(text)) as on:
+                table.add("prompt", T, text, read(on), peer)
+        except RuntimeError as error:
+            table.fail("prompt", T, text, error)
+
+
+def tokens(
+    table: Table,
+    rows: dict[str, Any],
+    model: Any,
+    ids: Tensor,
+    sizes: dict[str, int],
+    steps: int,
+) -> None:
+    """A token of the whole model behind a prompt, and the bytes of its cache."""
+    T, one, peer = ids.shape[1], ids[:, :1], None
+    for text in (None, *(entry(T) for entry in rows.values())):
+        chosen = None if text is None else policy(text)
         if isinstance(chosen, Duo):  # a random model has no heads to find: any will do
             gates = torch.rand(sizes["layers"], sizes["kv_heads"]).tolist()
             chosen = dataclasses.replace(chosen, gates=gates)
-        with nullcontext() if chosen is None else subquad.apply(model, chosen) as on:
-            cache = DynamicCache(config=model.config) if on is None else on.new_cache()
-            with torch.inference_mode():
-                model(ids, past_key_values=cache, logits_to_keep=1)
-                one = ids[:, :1]
-                times = [
-                    timed(
-                        lambda cache=cache, one=one: model(one, past_key_values=cache), ids.device
-                    )[0]
-                    for _ in range(steps)
-                ]
-                kernels = busy(
-                    lambda cache=cache, one=one: model(one, past_key_values=cache), ids.device
-                )
-        took, held = median(times), cache_bytes(cache)
+        try:
+            with nullcontext() if chosen is None else subquad.apply(model, chosen) as on:
+                cache = new_cache(model) if on is None else on.new_cache()
+                with torch.inference_mode():
+                    model(ids, past_key_values=cache, logits_to_keep=1)
+                    run = partial(model, one, past_key_values=cache)
+                    run()
+                    took = median(timed(run, ids.device)[0] for _ in range(steps))
+                    kernels = busy(run, ids.device)
+        except RuntimeError as error:
+            table.fail("token", T, text or "full", error)
+            continue
         peer = took if peer is None else peer
-        title = text(T) if text else "full cache, SDPA"
-        note = f"{held >> 20} MiB, {1 / took:.0f} tokens/s"
-        note += "" if kernels is None else f", kernels {kernels * 1e3:.2f} ms"
-        show("decode", T, title, took, peer, note)
-        row = {"phase": "decode", "tokens": T, "policy": name, "seconds": took, "cache": held}
-        rows.append({**row, "kernels": kernels})
-    return rows
+        more = {"cache": cache_bytes(cache), "per_second": 1 / took, "kernels": kernels}
+        table.add("token", T, text or "full", took, peer, **more)
+        del cache, run
 
 
 def busy(run: Callable[[], Any], device: torch.device) -> float | None:
@@ -214,10 +296,17 @@ def busy(run: Callable[[], Any], device: torch.device) -> float | None:
     return sum(event.self_device_time_total for event in found.key_averages()) * 1e-6
 
 
-def named(text: str) -> Policy | None:
-    """The policy, None where this version has none of that name; wrong options still raise."""
-    known = {card.key for card in subquad.systems(kind="policy")}
-    return policy(text) if text.partition(":")[0] in known else None
+def profiled(run: Callable[[], Any], out: Path, text: str, T: int) -> None:
+    """Write which kernels ``run`` spends its time in."""
+    out.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode(), profile() as found:
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    name = "".join(c if c.isalnum() else "_" for c in text)
+    table = found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)
+    (out / f"{name}.{T}.txt").write_text(table)
 
 
 def best(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
@@ -227,11 +316,9 @@ def best(run: Callable[[], Any], repeats: int, device: torch.device) -> float:
         return min(timed(run, device)[0] for _ in range(repeats))
 
 
-def show(phase: str, T: int, name: str, took: float, peer: float, note: str) -> None:
-    print(f"{phase:8}{T:>9,}  {took * 1e3:10.3f} ms  {peer / took:6.2f}x  {note:26} {name}")
-
-
-def random_model(sizes: dict[str, int], positions: int, device: str, dtype: torch.dtype) -> Any:
+def random_model(
+    sizes: dict[str, int], positions: int, device: torch.device, dtype: torch.dtype
+) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -33,6 +33,8 @@ class HiPDefinition:
 
     def __call__(self, policy, call):
         (B, T, H, _), (S, G) = call.q.shape, call.layer.keys.shape[1:3]
+        if T == 1 and not policy.answers:
+            return torch.ones(B, H, 1, S, dtype=torch.bool)
         rows = 1 if T == 1 else policy.rows
         if T > 1:
             self.age = policy.refresh
@@ -89,5 +91,13 @@ ROWS = [
         {"budget": 200, "dense_layers": 0, "refresh": 4},
         HiPDefinition(),
         name="refreshed",
+    ),
+    Row(
+        "hip",
+        {**_BITES, "block": 2, "answers": False},
+        {"budget": 200, "answers": False},
+        HiPDefinition(),
+        pieces=(32, 24),
+        name="prompts",
     ),
 ]

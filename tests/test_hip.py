@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from policy_kit import close
 from subquad.caches.kv import KVLayer
 from subquad.ops.backend import interpreted
-from subquad.ops.select import peaks, score
+from subquad.ops.select import halves, peaks, score, search
 from subquad.policies.base import Call, Site
 from subquad.policies.hip import HiP
 
@@ -188,3 +188,31 @@ def test_peaks_by_kernel(size, m, monkeypatch):
     found = peaks(q, k, blocks, size)
     monkeypatch.setattr(score, "_kernels", lambda q: False)
     torch.testing.assert_close(found, peaks(q, k, blocks, size), atol=1e-4, rtol=1e-4)
+
+
+@inside
+@pytest.mark.parametrize("n", [1, 7, 300])
+def test_halves_by_kernel(n, monkeypatch):
+    """The best halves, in the order of the text, some of them without a left one."""
+    torch.manual_seed(0)
+    sizes = torch.randint(1, 5, (3, 2, n), dtype=torch.int32)
+    starts = sizes.cumsum(-1).int() - sizes
+    left, right = torch.randn(2, 3, 2, n)
+    found = halves(starts, sizes, left, right)
+    monkeypatch.setattr(search, "interpreted", lambda: False)
+    for a, b in zip(found, halves(starts, sizes, left, right), strict=True):
+        assert torch.equal(a, b)
+
+
+@inside
+@pytest.mark.parametrize("representative", ["first", "center"])
+@pytest.mark.parametrize("share", [False, True])
+def test_search_by_kernels(representative, share, monkeypatch):
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 70, 4, 16), torch.randn(1, 90, 2, 16)
+    options = {"representative": representative, "share": share}
+    policy = HiP(budget=16, rows=8, block=2, window=9, sinks=3, **options)
+    found = policy.select(q, k)
+    monkeypatch.setattr(search, "interpreted", lambda: False)
+    monkeypatch.setattr(score, "_kernels", lambda q: False)
+    assert torch.equal(found, policy.select(q, k))

@@ -74,15 +74,47 @@ def test_hip_by_kernels_is_the_choice(shape, T, S, dtype):
     torch.testing.assert_close(policy._kernels(call, found, window), want, **close)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_peaks_by_the_kernel(size, monkeypatch):
+@pytest.mark.parametrize(("size", "m"), [(1, 16), (2, 16), (4, 192)])
+def test_peaks_by_the_kernel(size, m, monkeypatch):
     from subquad.ops.select import peaks, score
 
     torch.manual_seed(0)
-    q = torch.randn(2, 4, 3, 16, 128, device="cuda")
+    q = torch.randn(2, 4, 3, m, 128, device="cuda")
     k = torch.randn(2, 500, 2, 128, device="cuda")
     blocks = torch.randint(0, -(-500 // size), (2, 4, 3, 300), device="cuda")
     found = peaks(q, k, blocks, size)
     monkeypatch.setattr(score, "_kernels", lambda q: False)
     want = peaks(q.double(), k.double(), blocks, size).float()
     torch.testing.assert_close(found, want, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(("T", "S"), [(4096, 4096), (777, 3001), (65, 70)])
+def test_diagonals_by_the_kernels(T, S):
+    """Runs and single columns are those that the CPU finds."""
+    from subquad.policies.parts import lines
+
+    generator = torch.Generator().manual_seed(S)
+
+    def drawn(n):
+        order = torch.rand(2, 3, S, generator=generator).argsort(-1)
+        return order[..., :n].sort(-1).values
+
+    columns, distances = drawn(min(S, 300)), drawn(min(S, 60))
+    want = lines.blocks(columns, distances, T, S, 64)
+    found = lines.blocks(columns.cuda(), distances.cuda(), T, S, 64)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(lines.trimmed(a.long()).cpu(), b)
+
+
+@pytest.mark.parametrize("n", [1, 300, 3264])
+def test_halves_by_the_kernel(n):
+    """The best halves of segments are those that the CPU takes."""
+    from subquad.ops.select import halves
+
+    generator = torch.Generator().manual_seed(n)
+    sizes = torch.randint(1, 5, (2, 3, n), dtype=torch.int32, generator=generator)
+    starts = sizes.cumsum(-1).int() - sizes
+    left, right = torch.randn(2, 2, 3, n, generator=generator)
+    given = starts, sizes, left, right
+    for a, b in zip(halves(*(x.cuda() for x in given)), halves(*given), strict=True):
+        assert torch.equal(a.cpu(), b)

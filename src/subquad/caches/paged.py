@@ -50,6 +50,11 @@ class PagedLayer(KVLayer):
             empty = k.new_full((k.shape[0], new, *k.shape[2:]), torch.inf)
             self._low.append(empty)
             self._high.append(-empty)
+        if k.shape[1] == 1 and self.starts is None:
+            last = (self.seen - 1) // self.page
+            for bound, better in ((self.low, torch.minimum), (self.high, torch.maximum)):
+                better(bound[:, last], k[:, 0], out=bound[:, last])
+            return
         columns = torch.arange(self.seen - k.shape[1], self.seen, device=k.device)
         t = columns - torch.tensor(self.starts or [0], device=k.device)[:, None]
         page = (t.clamp_min(0) // self.page).expand(k.shape[:2])[..., None, None].expand(k.shape)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class Duo(Policy):
             raise ValueError("gates must be given, or loaded for a model: see Duo.calibrate")
         return tuple(tuple(row) for row in self.gates)
 
-    @property
+    @cached_property
     def streaming(self) -> Tensor:
         """Which key heads stream, bool ``[L,G]``: those whose gate lies below the quantile."""
         gates = torch.tensor(self._gates, dtype=torch.float64)
@@ -113,8 +114,10 @@ class Duo(Policy):
         streaming = self.streaming[call.site.index]
         o = call.v.new_empty(*call.q.shape[:3], call.v.shape[3])
         for heads, part in layer.parts:
-            own = (heads[:, None] * share + torch.arange(share)).flatten().to(o.device)
             read = self._stream if streaming[heads[0]] else self._whole
+            if len(layer.parts) == 1:
+                return read(call, call.q, part.keys, part.values)
+            own = (heads[:, None] * share + torch.arange(share)).flatten().to(o.device)
             o[:, :, own] = read(call, call.q[:, :, own], part.keys, part.values)
         return o
 

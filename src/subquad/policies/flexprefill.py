@@ -109,10 +109,11 @@ class FlexPrefill(Policy):
         distance = (m - c).clamp_min(0).expand(*slash.shape[:2], -1, -1)
         near = slash[:, :, None].expand(-1, -1, n - first, -1).gather(-1, distance)
         kept = (vertical[:, :, None] | near) & (c <= m)
-        if bool(aware.any()):
+        if self.tau > 0 and bool(aware.any()):
             lead = S - T - first * b
             kept |= aware[..., None, None] & self._global(_means(q, lead, b), pooled_k, m, scale)
-        return lines.trimmed(lines.listed(kept, c.expand_as(kept)))
+        found = lines.listed(kept, c.expand_as(kept))
+        return found if q.is_cuda else lines.trimmed(found)  # a GPU need not be asked
 
     def _query_aware(self, q: Tensor, pooled_k: Tensor, columns: Tensor, scale: float) -> Tensor:
         """Heads whose attention between pooled queries and keys is near the pooled attention:

@@ -23,7 +23,7 @@ from subquad.ops import checks, select
 from subquad.ops.attention import attention, merge
 from subquad.ops.backend import interpreted
 from subquad.policies.base import Call, Policy, Site
-from subquad.policies.parts import chosen, lines
+from subquad.policies.parts import chosen
 
 
 class HiPLayer(KVLayer):
@@ -62,6 +62,8 @@ class HiP(Policy):
         share: the query heads of a group search together.
         dense_layers: so many first layers attend to everything.
         refresh: decoded tokens that go by one search; the window grows in between.
+        answers: whether decoded tokens search, too; else they attend to everything, or as a policy
+            says that is joined.
     """
 
     REPRESENTATIVES: ClassVar[tuple[str, ...]] = ("first", "center")
@@ -75,6 +77,7 @@ class HiP(Policy):
     share: bool = False
     dense_layers: int = 3
     refresh: int = 1
+    answers: bool = True
 
     def __post_init__(self) -> None:
         for name in ("budget", "block", "rows", "window", "refresh"):
@@ -83,13 +86,19 @@ class HiP(Policy):
             checks.positive(name, getattr(self, name), zero=True)
         checks.one_of("representative", self.representative, self.REPRESENTATIVES)
 
+    @property
+    def shapes_decode(self) -> bool:
+        return self.answers
+
     def layer(self, site: Site) -> KVLayer:
-        return KVLayer(site.window) if site.index < self.dense_layers else HiPLayer()
+        dense = site.index < self.dense_layers or not self.answers
+        return KVLayer(site.window) if dense else HiPLayer()
 
     def prefill(self, call: Call) -> Tensor:
-        if not isinstance(call.layer, HiPLayer):
+        if call.site.index < self.dense_layers:
             return call.dense()
-        call.layer.choice = None
+        if isinstance(call.layer, HiPLayer):
+            call.layer.choice = None
         return call.unpadded(self._prefill)
 
     def _prefill(self, call: Call) -> Tensor:
@@ -117,21 +126,24 @@ class HiP(Policy):
         """
         (B, T, H, _), (S, G), b, c = q.shape, k.shape[1:3], self.rows, self.block
         N, n, R = G if self.share else H, -(-self.budget // c), -(-T // b)
-        end = (S - T + b * torch.arange(1, R + 1, device=q.device) - self.window).clamp(0, S)
+        # How far rows see is known without asking the device.
+        end = (S - T + b * torch.arange(1, R + 1) - self.window).clamp(0, S)
         blocks, slot = -(-end // c), torch.arange(n, device=q.device)
-        bound = (blocks[:, None].double() / n * torch.arange(n + 1, device=q.device)).long()
-        starts, sizes = bound[:, :-1], bound.diff()
         # Short rows have no more keys than the budget; for them there is nothing to search.
         short = int((end <= self.budget).sum())
-        found = torch.where(slot < blocks[:short, None], slot, S).expand(B, N, -1, -1)
         held = n if q.is_cuda else n * c * q.shape[3]  # kernels copy no keys
-        parts, step = [found], max(1, chosen.COPIED * (1 + 15 * q.is_cuda) // (B * N * held))
+        parts, step = [], max(1, chosen.COPIED * (1 + 15 * q.is_cuda) // (B * N * held))
+        if short:
+            found = torch.where(slot < blocks[:short, None].to(q.device), slot, -1)
+            parts.append(found.int().expand(B, N, -1, -1))
         for r in range(short, R, step):
-            here = slice(r, min(r + step, R))
-            sample = self._sample(q, here, N)
-            parts.append(self._search(sample, k, starts[here], sizes[here], blocks[here] / n))
-        found = torch.cat(parts, 2).sort(-1).values
-        return torch.where(found == S, -1, found * c)
+            own = blocks[r : r + step]
+            ends = torch.arange(n + 1, device=q.device)
+            bound = (own[:, None].to(q.device).double() / n * ends).int()
+            sample = self._sample(q, slice(r, r + len(own)), N)
+            parts.append(self._search(sample, k, bound[:, :-1], bound.diff(), own / n))
+        found = torch.cat(parts, 2)
+        return torch.where(found < 0, -1, found * c)
 
     def _sample(self, q: Tensor, here: slice, N: int) -> Tensor:
         """The queries that speak for the rows ``here``: every other one, of all heads that search
@@ -145,33 +157,32 @@ class HiP(Policy):
         return q.permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
 
     def _search(self, q: Tensor, k: Tensor, a: Tensor, g: Tensor, span: Tensor) -> Tensor:
-        """Halve and choose: the first blocks ``[B,N,r,n]`` of the segments that survive.
+        """Halve and choose: the first blocks ``[B,N,r,n]`` of the segments that survive, rising.
 
         Args:
             q: ``[B,N,r,m,K]``; k: ``[B,S,G,K]``.
-            a, g: int ``[r,n]``, where the segments begin and their sizes, in blocks of keys.
-            span: float ``[r]``, their mean size; it is halved until it is 1.
+            a, g: int32 ``[r,n]``, where the segments begin and their sizes, in blocks of keys.
+            span: float ``[r]`` on the CPU, their mean size; it is halved until it is 1.
         """
         (B, N, r), n = q.shape[:3], a.shape[1]
-        a, g = (x.expand(B, N, r, n).clone() for x in (a, g))
-        span, first = span.clone(), self.representative == "first"
+        a, g = (x.expand(B, N, r, n).contiguous() for x in (a, g))
+        first = self.representative == "first"
         # A left half known by its first block has the score of the whole.
         known = self._score(q, k, a) if first else None
         while (live := int((span > 1).sum())) > 0:
             # Spans never fall from row to row, so those still at work are the last.
             own = (slice(None), slice(None), slice(r - live, None))
-            half = g[own] // 2
-            starts = torch.cat([a[own], a[own] + half], -1)
-            sizes = torch.cat([half, g[own] - half], -1)
+            left, half = a[own], g[own] // 2
+            right = left + half
             if known is None:
-                score = self._score(q[own], k, starts + sizes // 2)
+                left_score = self._score(q[own], k, left + half // 2)
+                right_score = self._score(q[own], k, right + (g[own] - half) // 2)
             else:
-                score = torch.cat([known[own], self._score(q[own], k, starts[..., n:])], -1)
-            found = score.masked_fill(sizes < 1, -torch.inf).topk(n, -1, sorted=False)
-            a[own], g[own] = (x.gather(-1, found.indices) for x in (starts, sizes))
+                left_score, right_score = known[own], self._score(q[own], k, right)
+            a[own], g[own], score = select.halves(left, g[own], left_score, right_score)
             if known is not None:
-                known[own] = found.values
-            span /= 2
+                known[own] = score
+            span = span / 2
         return a
 
     def _score(self, q: Tensor, k: Tensor, blocks: Tensor) -> Tensor:
@@ -192,22 +203,27 @@ class HiP(Policy):
         windows and others beyond."""
         (q, k, v), b, c = (call.q, call.layer.keys, call.layer.values), self.rows, self.block
         T, S = q.shape[1], k.shape[1]
-        # Where the window of a row's first query begins.
-        near = S - T + 1 - window + b * torch.arange(found.shape[2], device=q.device)[:, None]
-        sink, inside = self.sinks, (found >= 0) & (found + c > self.sinks)
-        far = inside & (found >= sink) & (found + c <= near)
-        # Rows of queries are counted from the first of them here, hence the offset.
-        rest = inside & ~far
+        n, row = found.shape[-1], torch.arange(found.shape[2], device=q.device)[:, None]
+        near = S - T + 1 - window + b * row  # where the window of a row's first query begins
+        # Lists rise, so what lies before the sinks' end is their beginning, and what some queries
+        # have in their windows their end.
+        begun = ((found >= 0) & (found < self.sinks)).sum(-1, keepdim=True)
+        done = begun + ((found >= self.sinks) & (found + c <= near)).sum(-1, keepdim=True)
+        far = _shifted(found, begun, n)
+        far = torch.where(torch.arange(n, device=q.device) < done - begun, far, -1)
+        cut = _shifted(found, begun - 1, 1)
+        cut = torch.where((begun > 0) & (cut + c > self.sinks), cut, -1)
+        rest = torch.cat([cut, _shifted(found, done, min(n, b // c + 3))], -1)
         parts = [
             attention(
-                q, k, v, mask.blocks(lines.listed(far, found) // c, c, b),
+                q, k, v, mask.blocks(torch.where(far < 0, -1, far // c), c, b),
                 scale=call.scale, offset=0, return_lse=True,
             ),
             attention(
-                q, k, v, mask.causal() & (mask.window(window - 1) | mask.sinks(sink)),
+                q, k, v, mask.causal() & (mask.window(window - 1) | mask.sinks(self.sinks)),
                 scale=call.scale, return_lse=True,
             ),
-            self._gathered(call, lines.trimmed(lines.listed(rest, found)), b, window, alone=True),
+            self._gathered(call, rest, b, window, alone=True),
         ]  # fmt: skip
         return merge(parts)[0]
 
@@ -222,14 +238,15 @@ class HiP(Policy):
         o = q.new_zeros(*q.shape[:-1], call.v.shape[3])
         lse = o.new_empty(o.shape[:-1], dtype=torch.float32)
         place = (S - T + torch.arange(R * rows, device=q.device)).view(R, rows)
-        step = max(1, chosen.COPIED // (N * (n * c + window + rows + self.sinks) * K))
+        width = n * c + (0 if alone else window + rows + self.sinks)
+        step = max(1, chosen.COPIED * (1 + 15 * q.is_cuda) // (N * width * max(K, rows)))
         for b in range(B):
             for r in range(0, R, step):
                 here = (b, slice(None), slice(r, r + step))
-                tokens, keep = self._visible(call, found[here], place[r : r + step], window)
-                if alone:
-                    tokens, keep = tokens[..., : n * c], keep[..., : n * c]
-                call.count((keep & (place[r : r + step] < S)[..., None]).sum() * q.shape[3])
+                own = found[here], place[r : r + step], window
+                tokens, keep = self._visible(call, *own, alone)
+                if call.tally is not None:
+                    call.count((keep & (place[r : r + step] < S)[..., None]).sum() * q.shape[3])
                 k, v = (chosen._pick(x[b], tokens) for x in (call.layer.keys, call.layer.values))
                 o[here], lse[here] = chosen._softmax(q[here], k, v, keep, call.scale)
         o, lse = (
@@ -239,13 +256,18 @@ class HiP(Policy):
         return o, lse
 
     def _visible(
-        self, call: Call, found: Tensor, place: Tensor, window: int
+        self, call: Call, found: Tensor, place: Tensor, window: int, alone: bool
     ) -> tuple[Tensor, Tensor]:
         """The keys ``[N,r,L]`` for the queries at ``place [r,rows]``, and who sees which, bool
-        ``[N,r,rows,L]``. A key found that is in the window or a sink is not seen twice."""
+        ``[N,r,rows,L]``. A key found that is in the window or a sink is not seen twice; ``alone``
+        leaves these out."""
         (N, r, _), s, device = found.shape, self.sinks, found.device
         blocks = torch.where(found < 0, -self.block, found)[..., None]
         picked = (blocks + torch.arange(self.block, device=device)).flatten(-2)
+        if alone:
+            j = picked[:, :, None]
+            keep = (j >= s) & (place[..., None] - j >= window)
+            return picked, keep
         near = place[:, :1] + torch.arange(1 - window, place.shape[1], device=device)
         first = torch.arange(s, device=device)
         tokens = torch.cat([picked, near.expand(N, -1, -1), first.expand(N, r, -1)], -1)
@@ -260,3 +282,10 @@ class HiP(Policy):
         if call.site.window is not None:
             keep &= distance < call.site.window
         return tokens, keep
+
+
+def _shifted(lists: Tensor, by: Tensor, n: int) -> Tensor:
+    """``n`` entries of the lists ``[...,m]`` from ``by [...,1]`` on; -1 beyond their ends."""
+    place = by + torch.arange(n, device=lists.device)
+    inside = (place >= 0) & (place < lists.shape[-1])
+    return torch.where(inside, lists.gather(-1, place.clamp(0, lists.shape[-1] - 1)), -1)

@@ -68,7 +68,7 @@ def peaks(q: Tensor, k: Tensor, blocks: Tensor, size: int) -> Tensor:
     checks.positive("size", size)
     checks.divides("heads of k", G, "heads of q", N)
     with torch.no_grad():
-        if _kernels(q) and q.shape[3] <= 64 and blocks.numel() > 0:
+        if _kernels(q) and q.shape[3] <= 256 and blocks.numel() > 0:
             from subquad.ops.select import triton
 
             return triton.peaks(q, k, blocks, size)

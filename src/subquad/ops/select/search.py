@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import checks
+from subquad.ops.backend import interpreted
 from subquad.ops.layout import repeat_heads
 
 CHUNK = 1 << 24  # elements of keys gathered at once
@@ -70,6 +71,31 @@ def halving(
             for r in range(0, R, chunk)
         ]  # fmt: skip
     return torch.cat(parts, 2) if parts else k.new_zeros(B, H, 0, keep, dtype=torch.int32)
+
+
+def halves(
+    starts: Tensor, sizes: Tensor, left: Tensor, right: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The n best halves of n segments each.
+
+    Args:
+        starts, sizes: int32 ``[...,n]``, segments that rise and do not overlap, sizes of 1 or more;
+            the left half of one is ``sizes // 2`` long.
+        left, right: float32 ``[...,n]``, how good its halves are. A left half of size 0 is none.
+
+    Returns:
+        Starts, sizes and scores of the halves, ``[...,n]`` each, rising.
+    """
+    n, half = starts.shape[-1], sizes // 2
+    if starts.is_cuda or interpreted():
+        from subquad.ops.select import triton
+
+        return triton.halves(starts, sizes, left, right)
+    score = torch.stack([left.masked_fill(half < 1, -torch.inf), right], -1).flatten(-2)
+    best = score.topk(n, -1, sorted=False).indices.sort(-1).values
+    both = torch.stack([starts, starts + half], -1), torch.stack([half, sizes - half], -1)
+    a, g = (x.flatten(-2).gather(-1, best) for x in both)
+    return a, g, score.gather(-1, best)
 
 
 def _search(q, there, keys, ends, keep: int, size: int, center: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""The masses of :mod:`subquad.ops.select.score` as kernels.
+"""The masses of :mod:`subquad.ops.select.score` and the runs of diagonals as kernels.
 
 The softmax's statistics are found in a first walk over the keys, the masses in a second.
 """
@@ -134,14 +134,12 @@ def peak_kernel(
     m: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SIZE: tl.constexpr,
     BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The largest product of a row's m queries with a key of each of BN listed blocks."""
+    """The largest product of a row's m queries, BM at a time, with a key of each of BN listed
+    blocks."""
     r = tl.program_id(0)
     b, h = tl.program_id(1) // N, tl.program_id(1) % N
-    i, d = tl.arange(0, BM), tl.arange(0, BK)
+    d = tl.arange(0, BK)
     at = Q + b.to(tl.int64) * sqb + h.to(tl.int64) * sqn + r.to(tl.int64) * sqr
-    q = tl.load(
-        at + i[None, :] * sqm + d[:, None], mask=(i < m)[None, :] & (d < K)[:, None], other=0.0
-    )
     j = tl.program_id(2) * BN + tl.arange(0, BN)
     row = (tl.program_id(1).to(tl.int64) * R + r) * n
     block = tl.load(BLOCKS + row + j, mask=j < n, other=0)
@@ -150,9 +148,94 @@ def peak_kernel(
     for c in range(SIZE):
         key = tl.minimum(block * SIZE + c, S - 1).to(tl.int64)
         k = tl.load(KEYS + key[:, None] * skt + d[None, :], mask=(d < K)[None, :], other=0.0)
-        s = tl.where((i < m)[None, :], tl.dot(k, q, input_precision=PRECISION), float("-inf"))
-        best = tl.maximum(best, tl.max(s, 1))
+        for first in tl.static_range(0, m, BM):
+            i = first + tl.arange(0, BM)
+            there = (i < m)[None, :]
+            q = tl.load(
+                at + i[None, :] * sqm + d[:, None], mask=there & (d < K)[:, None], other=0.0
+            )
+            s = tl.where(there, tl.dot(k, q, input_precision=PRECISION), float("-inf"))
+            best = tl.maximum(best, tl.max(s, 1))
     tl.store(OUT + row + j, best, mask=j < n)
+
+
+@triton.jit
+def run_kernel(NEARER, STARTS, COUNT, REACH, R, n, first, most, S, M, BR: tl.constexpr):
+    """Walks the distances of BR rows from far to near: the runs of M keys that they need. Rows that
+    are done wait for the others."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    row = tl.program_id(1).to(tl.int64) * R + r
+    NEARER += tl.program_id(1).to(tl.int64) * (most + 1)
+    end = M * (first + 1 + r)
+    d = tl.load(NEARER + end, mask=r < R, other=-1)
+    reach = tl.where(d < 0, 0, tl.maximum(end - d, M))
+    start = reach - M
+    count = tl.zeros([BR], tl.int32)
+    while tl.max(d, 0) >= 0:
+        there = (d >= 0) & (start < S)
+        tl.store(STARTS + row * n + count, start, mask=there)
+        count += there.to(tl.int32)
+        d = tl.load(NEARER + tl.maximum(end - reach, 0), mask=d >= 0, other=-1)
+        start = tl.where(end - d <= reach + M, reach, end - d - M)
+        reach = tl.where(d < 0, reach, start + M)
+    tl.store(COUNT + row, count, mask=r < R)
+    tl.store(REACH + row, reach, mask=r < R)
+
+
+@triton.jit
+def outside_kernel(
+    COLUMNS, STARTS, COUNT, REACH, OUT, R, n, v, M, HALVINGS: tl.constexpr, BV: tl.constexpr
+):
+    """The columns of one row that lie before its reach and in none of its runs, packed."""
+    row = tl.program_id(1).to(tl.int64) * R + tl.program_id(0)
+    STARTS += row * n
+    OUT += row * v
+    COLUMNS += tl.program_id(1).to(tl.int64) * v
+    count, reach = tl.load(COUNT + row), tl.load(REACH + row)
+    done = 0
+    for i in range(0, v, BV):
+        j = i + tl.arange(0, BV)
+        x = tl.load(COLUMNS + j, mask=j < v, other=-1)
+        low = tl.zeros([BV], tl.int32)  # the runs that start at x or before
+        high = low + count
+        for _ in range(HALVINGS):
+            middle = (low + high) // 2
+            open_ = low < high
+            after = tl.load(STARTS + middle, mask=open_, other=0) <= x
+            low = tl.where(open_ & after, middle + 1, low)
+            high = tl.where(open_ & ~after, middle, high)
+        begin = tl.load(STARTS + tl.maximum(low - 1, 0), mask=low > 0, other=-M)
+        single = (x >= 0) & (x < reach) & (x - begin >= M)
+        kept = single.to(tl.int32)
+        tl.store(OUT + done + tl.cumsum(kept, 0) - kept, x, mask=single)
+        done += tl.sum(kept, 0)
+
+
+def runs(nearer, distances, T, S, size):
+    """As :func:`subquad.policies.parts.lines.blocks` finds them from ``nearer [B,H,most+1]``: the
+    starts ``[B,H,R,n]``, and the count and the end of each row's runs, ``[B,H,R]``."""
+    B, H = nearer.shape[:2]
+    first, last = (S - T) // size, triton.cdiv(S, size)
+    R, n = last - first, min(last, distances)  # each run spends a distance
+    nearer = nearer.to(torch.int32).contiguous()
+    count, reach = (nearer.new_empty(B, H, R) for _ in range(2))
+    starts = nearer.new_full((B, H, R, n), -1)
+    run_kernel[(triton.cdiv(R, 32), B * H)](
+        nearer, starts, count, reach, R, n, first, nearer.shape[2] - 1, S, size, BR=32, num_warps=1
+    )
+    return starts, count, reach
+
+
+def outside(columns, starts, count, reach, size):
+    """The ``columns [B,H,v]`` before ``reach [B,H,R]`` and in none of the runs: ``[B,H,R,v]``, -1
+    at the end."""
+    (B, H, R, n), v = starts.shape, columns.shape[2]
+    out = starts.new_full((B, H, R, v), -1)
+    outside_kernel[(R, B * H)](
+        columns.to(torch.int32).contiguous(), starts, count, reach, out, R, n, v, size,
+        HALVINGS=n.bit_length(), BV=min(1024, triton.next_power_of_2(v)), num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def peaks(q, k, blocks, size):
@@ -162,9 +245,61 @@ def peaks(q, k, blocks, size):
     out = torch.empty(blocks.shape, dtype=torch.float32, device=q.device)
     peak_kernel[(R, B * N, triton.cdiv(n, 128))](
         q, k, blocks, out, S, N, G, R, n, *q.stride()[:4], *k.stride()[:3],
-        m=m, BM=max(16, triton.next_power_of_2(m)), K=K, BK=max(16, triton.next_power_of_2(K)),
-        SIZE=size, BN=128, PRECISION=_precision(q), num_warps=4, num_stages=2,
+        m=m, BM=min(64, max(16, triton.next_power_of_2(m))), K=K,
+        BK=max(16, triton.next_power_of_2(K)), SIZE=size, BN=128, PRECISION=_precision(q),
+        num_warps=4, num_stages=2,
     )  # fmt: skip
+    return out
+
+
+@triton.jit
+def halves_kernel(A, SIZES, LEFT, RIGHT, OUT_A, OUT_SIZES, OUT_SCORE, n, BN: tl.constexpr):
+    """The n best halves of a row's n segments, in the order of the text."""
+    row = tl.program_id(0).to(tl.int64) * n
+    i = tl.arange(0, BN)
+    there = i < n
+    a = tl.load(A + row + i, mask=there, other=0)
+    size = tl.load(SIZES + row + i, mask=there, other=0)
+    left = tl.load(LEFT + row + i, mask=there, other=0.0)
+    right = tl.load(RIGHT + row + i, mask=there, other=0.0)
+    half = size // 2
+    # Integers in the order of the scores; a half that is not there comes last.
+    x, y = left.to(tl.int32, bitcast=True), right.to(tl.int32, bitcast=True)
+    x = tl.where(half > 0, x ^ ((x >> 31) & 0x7FFFFFFF), -2147483648)
+    y = tl.where(size > half, y ^ ((y >> 31) & 0x7FFFFFFF), -2147483648)
+    # The largest bound that n halves reach.
+    low = tl.full([], -2147483647, tl.int32)
+    high = tl.maximum(tl.max(x, 0), tl.max(y, 0))
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)
+        enough = tl.sum((x >= middle).to(tl.int32) + (y >= middle).to(tl.int32), 0) >= n
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    more = tl.sum((x > low).to(tl.int32) + (y > low).to(tl.int32), 0)
+    # Of those equal to it, the earlier ones, as many as are missing.
+    x_ties, y_ties = (x == low).to(tl.int32), (y == low).to(tl.int32)
+    before = tl.cumsum(x_ties + y_ties, 0) - x_ties - y_ties
+    keep_x = (x > low) | ((x_ties > 0) & (before < n - more))
+    keep_y = (y > low) | ((y_ties > 0) & (before + x_ties < n - more))
+    kept = keep_x.to(tl.int32) + keep_y.to(tl.int32)
+    place = row + tl.cumsum(kept, 0) - kept
+    tl.store(OUT_A + place, a, mask=keep_x)
+    tl.store(OUT_SIZES + place, half, mask=keep_x)
+    tl.store(OUT_SCORE + place, left, mask=keep_x)
+    place += keep_x.to(tl.int32)
+    tl.store(OUT_A + place, a + half, mask=keep_y)
+    tl.store(OUT_SIZES + place, size - half, mask=keep_y)
+    tl.store(OUT_SCORE + place, right, mask=keep_y)
+
+
+def halves(starts, sizes, left, right):
+    starts, sizes, left, right = (x.contiguous() for x in (starts, sizes, left, right))
+    n = starts.shape[-1]
+    out = torch.empty_like(starts), torch.empty_like(sizes), torch.empty_like(left)
+    BN = max(16, triton.next_power_of_2(n))
+    halves_kernel[(starts.numel() // n,)](
+        starts, sizes, left, right, *out, n, BN=BN, num_warps=min(16, max(1, BN // 256))
+    )
     return out
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops.backend import interpreted
+
 HELD = 1 << 24  # elements of an estimate held at once
 STEPS = 16  # blocks between two looks at whether any row still has one to add
 
@@ -32,7 +34,7 @@ def last_rows(
     if window is not None:
         hidden = hidden | (key <= query - window)
     by_key, by_distance = (q.new_empty(B, H, S, dtype=torch.float32) for _ in range(2))
-    step = max(1, HELD // (L * S))
+    step = max(1, HELD * (1 + 15 * q.is_cuda) // (L * S))  # launches are what costs a GPU's time
     for b in range(B):
         for h in range(0, H, step):
             heads = torch.arange(h, min(h + step, H), device=q.device)
@@ -79,6 +81,11 @@ def blocks(columns: Tensor, distances: Tensor, T: int, S: int, M: int) -> tuple[
         *columns.shape[:2], -1
     )
     nearer = _nearer(distances, M * last)
+    if columns.is_cuda or interpreted():
+        from subquad.ops.select import triton
+
+        starts, count, reach = triton.runs(nearer, distances.shape[-1], T, S, M)
+        return starts, triton.outside(columns, starts, count, reach, M)
     d = nearer.gather(-1, end)
     reach = torch.where(d < 0, 0, (end - d).clamp_min(M))
     found = [torch.where(d < 0, -1, reach - M)]
