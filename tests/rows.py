@@ -104,6 +104,11 @@ ROWS = [
         },
         name="grouped",
     ),
+    Row(
+        "lolcats",
+        {"dim": 16, "heads": 4, "kv_heads": 2, "window": 3, "map_rotary": False, "qk_norm": True},
+        name="unrotated_maps",
+    ),
     Row("sala", {"dim": 24, "heads": 6, "kv_heads": 2}),
     Row("sala", {"dim": 16, "heads": 2, "qk_norm": False, "decay": False}, name="bare"),
     Row("still", {"dim": 16, "heads": 4, "kv_heads": 2, "chunk": 4, "ratio": 0.5}),

@@ -216,6 +216,15 @@ class TestLolcats:
             want, want_state = slides(x[:, t : t + 1], state=want_state)
             close(y, want)
 
+    @pytest.mark.parametrize("map_rotary", [True, False])
+    def test_maps_that_know_no_place(self, map_rotary):
+        """The same text further on: another output where the maps see the rotation only."""
+        _, student, x = twins("lolcats", window=8, map_rotary=map_rotary)
+        places = torch.arange(40).expand(2, -1)
+        here, later = (student(x, positions=places + shift)[0] for shift in (0, 3000))
+        assert torch.allclose(here[:, :16], later[:, :16])  # all near
+        assert torch.allclose(here, later) is not map_rotary
+
     def test_state_does_not_grow(self):
         _, student, _ = twins("lolcats", window=8)
         assert student.state_bytes(10_000) == student.state_bytes(16)

@@ -150,10 +150,6 @@ class LAWCAT(Softmax):
         )
         return sums, state
 
-    def _normed(self, x: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
-        x = x.unflatten(-1, (heads, -1))
-        return x if norm is None else norm(x)
-
     def _window(self, x: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Span]:
         """gamma times the unnormalised softmax over the last w rotated keys."""
         assert self.window_factors is not None

@@ -41,6 +41,9 @@ class LoLCATs(Softmax):
         feature_map: a key of ``parts.head_map.MAPS``; feature_init: of its weights.
         gamma: of every head at first, learned through a sigmoid.
         affine: weigh the linear part by ``1 - gamma_h``.
+        map_rotary: whether the maps see queries and keys rotated, as the authors have it. Then what
+            they learn holds for the places of the texts they learned on; without, they know no
+            place, and the window keeps the keys as they were too.
         decode: "parallel" (whatever is read on from a state sees what it would see in one piece)
             or "sliding" (after a terraced prefill, the last w tokens, as the authors decode).
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
@@ -57,6 +60,7 @@ class LoLCATs(Softmax):
         feature_init: str = "kaiming",
         gamma: float = 0.1,
         affine: bool = False,
+        map_rotary: bool = True,
         decode: str = "parallel",
         **options: Any,
     ) -> None:
@@ -75,17 +79,20 @@ class LoLCATs(Softmax):
         omega = torch.tensor(gamma / (1 - gamma)).log()
         self.window_factors = nn.Parameter(omega.repeat(self.heads).view(1, -1, 1, 1))
         self.affine, self.decode = affine, decode
+        self.map_rotary = map_rotary or self.rope_theta is None
 
     def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         slides = self.decode == "sliding"
         if slides and self.near.terraced and context.cu_seqlens is not None:
             raise ValueError("decode='sliding' takes no packed sequences, got cu_seqlens")
-        q, k, v = self.qkv(x, context)
+        q, k, v, mapped_q, mapped_k = self._inputs(x, context)
         near = self.near if context.state is None or not slides else Near(self.near.window)
-        span = Span(context, {"k": k, "v": v}, window=near.window if slides else near.reach)
+        kept = {"k": k, "v": v} if self.map_rotary else {"k": k, "v": v, "unrotated": mapped_k}
+        span = Span(context, kept, window=near.window if slides else near.reach)
         q, k, v = span.rows(q), span["k"], span["v"]
         far = k.shape[1] - (near.window if span.cu_seqlens is None else 0)
-        phi_q, phi_k, weight = self.features(q, k[:, : max(far, 0)])
+        mapped_k = span["k" if self.map_rotary else "unrotated"][:, : max(far, 0)]
+        phi_q, phi_k, weight = self.features(span.rows(mapped_q), mapped_k)
         past = None if context.state is None else (context.state["S"], context.state["z"])
         o, after = mixed_attention(
             q, k, v, phi_q, phi_k, near=near, scale=self.scale, weight=weight, state=past,
@@ -97,8 +104,17 @@ class LoLCATs(Softmax):
         own = {"S": after[0], "z": after[1]}
         return span.tokens(o), ChainMap(own, span.state())  # type: ignore[arg-type]
 
+    def _inputs(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
+        """q, k, v, and q and k as the maps see them."""
+        if self.map_rotary:
+            q, k, v = self.qkv(x, context)
+            return q, k, v, q, k
+        q, k, v = self._unplaced(x, context)
+        return self._rotated(q, context), self._rotated(k, context), v, q, k
+
     def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """phi(q) ``[B,T,H,2F]``, phi(k) ``[B,S,H,2F]`` and gamma ``[H]``; k is repeated first."""
+        """phi(q) ``[B,T,H,2F]``, phi(k) ``[B,S,H,2F]`` and gamma ``[H]``; k is repeated first.
+        q and k are rotated or not, as ``map_rotary`` says."""
         gamma = self.window_factors.flatten().to(torch.promote_types(q.dtype, torch.float32))
         phi_q = self.feature_map_q(q)
         if self.affine:
@@ -112,16 +128,17 @@ class LoLCATs(Softmax):
             ValueError: for packed sequences and with a state.
         """
         self.whole(context)
-        q, k, _ = self.qkv(x, context)
+        q, k, _, mapped_q, mapped_k = self._inputs(x, context)
         starts = Span(context, {"k": k}).starts
-        phi_q, phi_k, weight = self.features(q, k)
+        phi_q, phi_k, weight = self.features(mapped_q, mapped_k)
         how = How(self.near, self.scale, weight, starts=starts)
         return mixed_weights(q, k, phi_q, phi_k, how)
 
     def state_bytes(self, T: int, dtype: torch.dtype = torch.float32) -> int:
         slides = self.decode == "sliding"
         kept = min(T, self.near.window if slides else self.near.reach)
-        near = kept * 2 * self.kv_heads * self.head_dim * dtype.itemsize
+        each = 2 if self.map_rotary else 3
+        near = kept * each * self.kv_heads * self.head_dim * dtype.itemsize
         width = self.feature_map_k.width
         return near + cost.state_bytes(H=self.heads, F=width, V=self.head_dim)
 

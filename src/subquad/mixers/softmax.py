@@ -157,14 +157,24 @@ class Softmax(Mixer):
 
     def qkv(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """q ``[B,T,H,K]``, k and v ``[B,T,G,K]``, normed and rotated."""
+        q, k, v = self._unplaced(x, context)
+        return self._rotated(q, context), self._rotated(k, context), v
+
+    def _unplaced(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`qkv`, not rotated."""
         x = context.zero_padding(x)
-        q = self._place(self.q_proj(x), self.heads, self.q_norm, context)
-        k = self._place(self.k_proj(x), self.kv_heads, self.k_norm, context)
+        q = self._normed(self.q_proj(x), self.heads, self.q_norm)
+        k = self._normed(self.k_proj(x), self.kv_heads, self.k_norm)
         return q, k, self.v_proj(x).unflatten(-1, (self.kv_heads, -1))
 
     def _place(self, x: Tensor, heads: int, norm: nn.Module | None, context: Context) -> Tensor:
+        return self._rotated(self._normed(x, heads, norm), context)
+
+    def _normed(self, x: Tensor, heads: int, norm: nn.Module | None) -> Tensor:
         x = x.unflatten(-1, (heads, -1))
-        x = x if norm is None else norm(x)
+        return x if norm is None else norm(x)
+
+    def _rotated(self, x: Tensor, context: Context) -> Tensor:
         if self.rope_theta is None:
             return x
         return rotate(x, context.positions, self._frequencies(x), layout=self.rope_layout)

@@ -109,7 +109,7 @@ class Conversion:
         model = student.assemble(self.teacher, config, chosen)
         for i, stage in stages:
             if isinstance(stage, Tune):
-                model = self._tune(i, stage, model)
+                model = self._tune(i, stage, model, list(chosen))
         return model
 
     def _mixers(self, layers: list[int]) -> dict[int, Mixer]:
@@ -162,14 +162,14 @@ class Conversion:
             self.folder.save()
         return record["kept"]
 
-    def _tune(self, index: int, stage: Tune, model: CausalLM) -> CausalLM:
+    def _tune(self, index: int, stage: Tune, model: CausalLM, new: list[int]) -> CausalLM:
         teaches = stage.loss == "logits"
         if stage.how == "full":
             model = student.own(model)
         else:  # adapters must not come upon the teacher's own layers
             for block in model.blocks:
                 block.mixer = deepcopy(block.mixer)
-        tuned, groups = tune.prepared(model, stage)
+        tuned, groups = tune.prepared(model, stage, new)
         name = "distillation" if teaches else "next token"
         self._announce(index, f"{name}, {stage.how}", stage.steps)
         step = tune.stepper(tuned, self.teacher, stage, self._autocast)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,18 +16,20 @@ from subquad.recipes.base import Tune
 from subquad.recipes.fit import Groups
 
 
-def prepared(model: CausalLM, stage: Tune) -> tuple[nn.Module, Groups]:
-    """The model as it is trained, with adapters where the stage says so, and what learns."""
+def prepared(model: CausalLM, stage: Tune, layers: Collection[int]) -> tuple[nn.Module, Groups]:
+    """The model as it is trained, with adapters in ``layers`` where the stage says so, and what
+    learns."""
     model.requires_grad_(False)
     tuned: nn.Module = model
     if stage.how == "lora":
         from peft import LoraConfig, get_peft_model
 
+        theirs = {id(m) for l in layers for m in model.blocks[l].mixer.modules()}
         names = [
             name
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear)
-            and ".mixer." in name
+            and id(module) in theirs
             and name.rpartition(".")[2] in stage.targets
         ]
         if not names:
