@@ -122,6 +122,28 @@ def weights(model: torch.nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
+def moments(optimizer: Any, parameters: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of named parameters as ``name/key``, on the CPU: every rank must ask."""
+    return {
+        f"{name}/{key}": whole(t).cpu()
+        for name, p in parameters.items()
+        for key, t in optimizer.state[p].items()
+    }
+
+
+def load_moments(
+    optimizer: Any, parameters: Mapping[str, Any], found: Mapping[str, Tensor]
+) -> None:
+    """Undo :func:`moments`."""
+    fused = optimizer.defaults.get("fused")
+    for key, t in found.items():
+        name, _, part = key.rpartition("/")
+        p = parameters[name]
+        # The count of steps lies on the CPU, unless the fused kernel reads it.
+        t = (t.to(p.device) if fused else t) if part == "step" else shard(t, p)
+        optimizer.state[p][part] = t
+
+
 def _steps(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
 

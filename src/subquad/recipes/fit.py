@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from subquad import checkpoint
 from subquad.recipes.base import Stage
 from subquad.recipes.texts import Texts
-from subquad.tasks.base import EVAL_SEEDS
+from subquad.tasks.ahead import Ahead
 
 Tell = Callable[[dict[str, Any]], None]
 Groups = Mapping[str, Mapping[str, nn.Parameter]]
@@ -63,16 +63,10 @@ def fit(
     unread: list[Mapping[str, Tensor]] = []
     saved = since = time.perf_counter()
     begun = run.step
-    with ThreadPoolExecutor(1) as pool:
-
-        def draw(at: int) -> Any:
-            seed = (stage.seed * 100_003 + at) % EVAL_SEEDS
-            return pool.submit(texts.tokens, stage.batch, stage.length, seed)
-
-        following = draw(run.step)
+    draw = partial(texts.tokens, stage.batch, stage.length)
+    with Ahead(draw, stage.seed, run.step) as batches:
         while run.step < stage.steps:
-            tokens, following = following.result(), draw(run.step + 1)
-            unread.append(run.update(tokens.to(device), step))
+            unread.append(run.update(next(batches).to(device), step))
             now = time.perf_counter()
             last = run.step == stage.steps
             due = (
@@ -133,11 +127,7 @@ class _Fit:
 
     def save(self) -> None:
         model = {name: p.detach().cpu() for name, p in self.parameters.items()}
-        optimizer = {
-            f"{name}/{key}": t.cpu()
-            for name, p in self.parameters.items()
-            for key, t in self.optimizer.state[p].items()
-        }
+        optimizer = checkpoint.moments(self.optimizer, self.parameters)
         data = {"identity": self.identity, "history": self.history}
         checkpoint.save(self.folder, self.step, {"model": model, "optimizer": optimizer}, data)
 
@@ -152,8 +142,5 @@ class _Fit:
         with torch.no_grad():
             for name, t in found.tensors["model"].items():
                 self.parameters[name].copy_(t)
-        for key, t in found.tensors["optimizer"].items():
-            name, _, part = key.rpartition("/")
-            p = self.parameters[name]
-            self.optimizer.state[p][part] = t if part == "step" else t.to(p.device)
+        checkpoint.load_moments(self.optimizer, self.parameters, found.tensors["optimizer"])
         self.step, self.history = found.step, list(found.data["history"])

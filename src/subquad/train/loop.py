@@ -4,9 +4,9 @@ and each rank takes its rows of every batch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from subquad import checkpoint
-from subquad.tasks.base import EVAL_SEEDS, Batch, Task
+from subquad.tasks.ahead import Ahead
+from subquad.tasks.base import Batch, Task
 from subquad.train.config import TrainConfig
 from subquad.train.forward import evaluate
 from subquad.train.progress import Progress, display
@@ -85,7 +86,9 @@ def train(
             progress = _silent
         elif progress is None:
             progress = stack.enter_context(display(config.steps))
-        batches = stack.enter_context(_Ahead(task, config, run.step))
+        batches = stack.enter_context(
+            Ahead(partial(task.batch, config.batch), config.seed, run.step)
+        )
         stack.callback(model.eval)
         _loop(run, batches, progress, stop)
     speed = run.tokens / run.seconds if run.seconds else 0.0
@@ -135,35 +138,6 @@ def _loop(
             run.save()
         if evaluates or saves:
             run.start_clock()
-
-
-class _Ahead:
-    """The training batches from a step on, each drawn while the one before is trained on."""
-
-    def __init__(self, task: Task, config: TrainConfig, step: int) -> None:
-        self._task, self._config, self._step = task, config, step
-        self._pool = ThreadPoolExecutor(1)
-        self._next = self._pool.submit(self._draw, step)
-
-    def _draw(self, step: int) -> Batch:
-        # Runs of different seeds read different stretches of the same line of seeds.
-        seed = (self._config.seed * 100_003 + step) % EVAL_SEEDS
-        return self._task.batch(self._config.batch, seed)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = self._next.result()
-        self._step += 1
-        self._next = self._pool.submit(self._draw, self._step)
-        return batch
-
-    def __enter__(self) -> _Ahead:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
 
 
 def _due(step: int, every: int) -> bool:

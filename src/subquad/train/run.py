@@ -130,11 +130,7 @@ class Run:
             return
         weights = checkpoint.weights(self.model)
         model = {name: checkpoint.whole(t).cpu() for name, t in weights.items()}
-        optimizer = {
-            f"{name}/{key}": checkpoint.whole(t).cpu()
-            for name, p in self.parameters.items()
-            for key, t in self.optimizer.state[p].items()
-        }
+        optimizer = checkpoint.moments(self.optimizer, self.parameters)
         data = {name: getattr(self, name) for name in ("history", "evals", "tokens", "seconds")}
         data["identity"] = self._identity()
         error = None
@@ -160,13 +156,7 @@ class Run:
         with torch.no_grad():
             for name, t in checkpoint.weights(self.model).items():
                 t.copy_(checkpoint.shard(found.tensors["model"][name], t))
-        fused = self.optimizer.defaults["fused"]
-        for key, t in found.tensors["optimizer"].items():
-            name, _, part = key.rpartition("/")
-            p = self.parameters[name]
-            # The count of steps lies on the CPU, unless the fused kernel reads it.
-            t = (t.to(p.device) if fused else t) if part == "step" else checkpoint.shard(t, p)
-            self.optimizer.state[p][part] = t
+        checkpoint.load_moments(self.optimizer, self.parameters, found.tensors["optimizer"])
         self.step = found.step
         for name in ("history", "evals", "tokens", "seconds"):
             setattr(self, name, found.data[name])
