@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,11 +33,12 @@ from torch.profiler import ProfilerActivity, profile
 import subquad
 from subquad.bench.measure import timed
 from subquad.bench.policies import cache_bytes, new_cache, policy
-from subquad.bench.results import machine, write_json
+from subquad.bench.results import machine, write_json, write_section
 from subquad.policies import Duo
 from subquad.policies.base import Call, Policy, Site, Tally
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 SIZES = {"dim": 1536, "mlp": 8960, "layers": 28, "heads": 12, "kv_heads": 2, "head_dim": 128}
 SMALL = {"dim": 64, "mlp": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16}
 # At T tokens, budgets for about 10% of the pairs; what was reached is measured and printed.
@@ -99,7 +101,11 @@ def main() -> None:
     asked.add_argument("--policies", nargs="+", help="names of rows; all where not given")
     asked.add_argument("--profile", type=Path, help="a folder for the kernels of each layer's row")
     asked.add_argument("--out", type=Path, help="results/policies.json; with --quick none")
+    asked.add_argument("--page", action="store_true", help="only write the figures to the docs")
     options = asked.parse_args()
+    if options.page:
+        write_page(options.out or RESULTS / "policies.json")
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.quick:
         asked.error("the whole table needs a GPU; --quick runs anywhere")
@@ -206,7 +212,7 @@ def layer(
     """One layer's attention over a prompt, side by side with dense SDPA."""
     q, k, v = structured(T, sizes, device, dtype)
     peer, name = fastest_dense(q, k, v, 5)
-    table.add("layer", T, f"full ({name})", peer, peer)
+    table.add("layer", T, f"full ({name})", peer, peer, pairs=1.0, kernels=peer)
     for entry in rows.values():
         text = entry(T)
         chosen = policy(text)
@@ -284,6 +290,56 @@ def tokens(
         more = {"cache": cache_bytes(cache), "per_second": 1 / took, "kernels": kernels}
         table.add("token", T, text or "full", took, peer, **more)
         del cache, run
+
+
+def write_page(results: Path) -> None:
+    """The rows of a run as tables of docs/performance.md."""
+    found = json.loads(results.read_text())
+    made, rows = found["made"], [row for row in found["rows"] if "failed" not in row]
+    lines = [
+        f"`python benchmarks/policies.py` on one {made['device']}, torch {made['torch']}, Triton "
+        f"{made['triton']}, {made['date']}, bfloat16: a Llama of random weights with 28 layers, 12 "
+        "heads of 128 and 2 key heads (1.5 B parameters). *ms* is by the clock, *GPU* what its "
+        "kernels took of that; each ratio is full attention's time over the policy's, same run.",
+        "",
+        "One layer's prompt, choosing included, beside cuDNN's causal attention:",
+        "",
+        "| tokens | policy | pairs | ms | faster | GPU ms | faster by it |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        if row["kind"] == "layer":
+            ms, full, gpu = (1e3 * row[k] for k in ("seconds", "full", "kernels"))
+            lines.append(
+                f"| {row['tokens']:,} | `{row['policy']}` | {row['pairs']:.1%} | {ms:.2f} "
+                f"| {full / ms:.2f} | {gpu:.2f} | {full / gpu:.2f} |"
+            )
+    lines += [
+        "",
+        "The whole model's prompt:",
+        "",
+        "| tokens | policy | ms | faster |",
+        "| ---: | --- | ---: | ---: |",
+    ]
+    for row in rows:
+        if row["kind"] == "prompt":
+            ms, ratio = 1e3 * row["seconds"], row["full"] / row["seconds"]
+            lines.append(f"| {row['tokens']:,} | `{row['policy']}` | {ms:.0f} | {ratio:.2f} |")
+    lines += [
+        "",
+        "A token of the whole model behind a prompt:",
+        "",
+        "| tokens | policy | tokens/s | faster | GPU ms | cache, MB |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        if row["kind"] == "token":
+            lines.append(
+                f"| {row['tokens']:,} | `{row['policy']}` | {row['per_second']:.1f} "
+                f"| {row['full'] / row['seconds']:.2f} | {1e3 * row['kernels']:.2f} "
+                f"| {row['cache'] / 1e6:,.0f} |"
+            )
+    write_section(PAGE, "policies", "Policies beside full attention", "\n".join(lines))
 
 
 def busy(run: Callable[[], Any], device: torch.device) -> float | None:

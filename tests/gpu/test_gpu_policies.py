@@ -47,6 +47,7 @@ def test_kernels_are_the_choice(name, options, T, dtype, monkeypatch):
 
     by_kernels = run()
     monkeypatch.setattr(chosen, "_kernels", lambda *a: chosen._gathered(*a))
+    monkeypatch.setattr(chosen, "_by_token", lambda *a: chosen._alone(*a, None))
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
     torch.testing.assert_close(by_kernels, run(), atol=tolerance, rtol=tolerance)
 
@@ -118,3 +119,42 @@ def test_halves_by_the_kernel(n):
     given = starts, sizes, left, right
     for a, b in zip(halves(*(x.cuda() for x in given)), halves(*given), strict=True):
         assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("P", "K"), [(1, 64), (100, 128), (8192, 96)])
+def test_bounds_by_the_kernel(P, K, dtype):
+    from subquad.policies import Quest
+
+    torch.manual_seed(0)
+    q = torch.randn(2, 12, K, device="cuda").to(dtype)
+    a, b = torch.randn(2, 2, P, 2, K, device="cuda").to(dtype)
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    found = Quest().bounds(q, low, high)
+    want = Quest().bounds(q.double(), low.double(), high.double())
+    torch.testing.assert_close(found, want.float(), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "n", "lists"), [(16, 64, 12), (7, 5, 2), (1, 300, 4)])
+def test_a_token_by_the_kernel(size, n, lists, dtype):
+    """Some spans are none, some reach over the end; in float64, the same keys copied."""
+    from subquad.ops.attention.triton.token import token
+    from subquad.policies.parts import chosen
+
+    torch.manual_seed(0)
+    S, policy = 1111, create_policy("quest", dense_layers=0)
+    q = torch.randn(2, 1, 12, 128, device="cuda").to(dtype)
+    k, v = torch.randn(2, 2, S, 2, 128, device="cuda").to(dtype)
+    starts = torch.rand(2, lists, S // size + 1, device="cuda").argsort(-1)[..., :n] * size
+    starts[:, :, 1::9] = -1
+    found = token(q, k, v, starts, size, scale=0.1, first=200)
+    site = Site(5, 8, heads=12, kv_heads=2, head_dim=128, window=S - 200)
+    layer = policy.layer(Site(5, 8, 12, 2, 128, None))
+    layer.update(k.double().transpose(1, 2), v.double().transpose(1, 2))
+    places = torch.full((2, 1), S - 1, device="cuda")
+    wide = (x.double() for x in (q, k[:, -1:], v[:, -1:]))
+    call = Call(site, *wide, layer, 0.1, None, places, lambda x, p: x)
+    want = chosen._alone(call, starts[:, :, None], size, None).to(dtype)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, want, atol=tolerance, rtol=tolerance)

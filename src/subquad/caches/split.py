@@ -5,6 +5,7 @@ Legend: B batch, T new tokens, S cached entries, G key/value heads, K head dim, 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from subquad.caches.kv import KVLayer
@@ -18,6 +19,18 @@ class WaitingRing(RingLayer):
     def store(self, k: Tensor, v: Tensor) -> None:
         super().store(k[:, :0], v[:, :0])
         self._new = k, v
+
+    def around(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values ``[B, s + w + 1, G, K]`` of a full ring and the one new token, in no
+        order; None where there is another number of either."""
+        if self.starts is not None or self._new is None or self._new[0].shape[1] != 1:
+            return None
+        if self.settled < self.slots:
+            return None
+        assert self.ring is not None
+        for held, new in zip(self.ring, self._new, strict=True):
+            held[:, -1] = new[:, 0]  # the slot that nobody keeps
+        return self.ring
 
 
 class SplitLayer(KVLayer):
@@ -52,8 +65,7 @@ class SplitLayer(KVLayer):
     def store(self, k: Tensor, v: Tensor) -> None:
         for heads, part in self.parts:
             part.starts = self.starts
-            heads = heads.to(k.device)
-            part.update(*(x.index_select(2, heads).transpose(1, 2) for x in (k, v)))
+            part.update(*(taken(x, heads).transpose(1, 2) for x in (k, v)))
 
     def settle(self) -> None:
         """The new tokens have been attended to: streaming heads drop what they need not keep."""
@@ -76,3 +88,13 @@ class SplitLayer(KVLayer):
     @property
     def _batch(self) -> int:
         return self.parts[0][1]._batch
+
+
+def taken(x: Tensor, heads: Tensor, share: int = 1) -> Tensor:
+    """Of ``x [B,T,H,K]`` the heads that ``share`` each of the key heads ``heads [n]`` (rising, on
+    the CPU); a view where these stand side by side."""
+    first, last = int(heads[0]), int(heads[-1])
+    if last - first + 1 == len(heads):
+        return x[:, :, first * share : (last + 1) * share]
+    own = (heads[:, None] * share + torch.arange(share)).flatten()
+    return x.index_select(2, own.to(x.device))

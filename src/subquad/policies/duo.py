@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from subquad import mask
-from subquad.caches.split import SplitLayer
+from subquad.caches.split import SplitLayer, WaitingRing, taken
 from subquad.ops import checks
 from subquad.ops.attention import attention
 from subquad.policies.base import Call, Policy, Site
@@ -112,14 +112,17 @@ class Duo(Policy):
         layer, share = call.layer, call.site.heads // call.site.kv_heads
         assert isinstance(layer, SplitLayer)
         streaming = self.streaming[call.site.index]
-        o = call.v.new_empty(*call.q.shape[:3], call.v.shape[3])
+        found: dict[int, Tensor] = {}
         for heads, part in layer.parts:
-            read = self._stream if streaming[heads[0]] else self._whole
-            if len(layer.parts) == 1:
-                return read(call, call.q, part.keys, part.values)
-            own = (heads[:, None] * share + torch.arange(share)).flatten().to(o.device)
-            o[:, :, own] = read(call, call.q[:, :, own], part.keys, part.values)
-        return o
+            q = taken(call.q, heads, share)
+            around = part.around() if isinstance(part, WaitingRing) else None
+            if around is not None and call.tally is None and call.site.window is None:
+                o = attention(q, *around, scale=call.scale)
+            else:
+                read = self._stream if streaming[heads[0]] else self._whole
+                o = read(call, q, part.keys, part.values)
+            found |= zip(heads.tolist(), o.split(share, 2), strict=True)
+        return torch.cat([found[head] for head in sorted(found)], 2)
 
     def _whole(self, call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: int = 0) -> Tensor:
         """Causal attention of ``q`` to all of ``k``, of which it is the last, as the model does it

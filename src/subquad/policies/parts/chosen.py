@@ -42,12 +42,23 @@ def attend(
         share = call.site.heads // starts.shape[1]
         for _, _, _, keep in _pieces(call, starts, size, rows, columns):
             call.count(keep.sum() * share)
+    kernels = (call.q.is_cuda or interpreted()) and call.q.dtype != torch.float64
     if call.q.shape[1] == 1:
+        if kernels and columns is None:
+            return _by_token(call, starts, size)
         return _alone(call, starts, size, columns)
-    kernels = call.q.is_cuda or interpreted()
-    if kernels and call.site.window is None and call.q.dtype != torch.float64:
+    if kernels and call.site.window is None:
         return _kernels(call, starts, size, rows, columns)
     return _gathered(call, starts, size, rows, columns)
+
+
+def _by_token(call: Call, starts: Tensor, size: int) -> Tensor:
+    """One token by a kernel that reads its keys where they are."""
+    from subquad.ops.attention.triton.token import token
+
+    k, v, window = call.layer.keys, call.layer.values, call.site.window
+    first = 0 if window is None else max(k.shape[1] - window, 0)
+    return token(call.q, k, v, starts[:, :, 0], size, scale=call.scale, first=first)
 
 
 def _alone(call: Call, starts: Tensor, size: int, columns: Tensor | None) -> Tensor:
@@ -76,9 +87,10 @@ def _kernels(call: Call, starts: Tensor, size: int, rows: int, columns: Tensor |
     """By the block-sparse kernels, which read the lists where they are."""
     T, S = call.q.shape[1], call.layer.keys.shape[1]
     before = (S - T) // rows
-    starts = F.pad(starts, (0, 0, before, 0), value=-1)
+    if before:
+        starts = F.pad(starts, (0, 0, before, 0), value=-1)
+        columns = columns if columns is None else F.pad(columns, (0, 0, before, 0), value=-1)
     if columns is not None:
-        columns = F.pad(columns, (0, 0, before, 0), value=-1)
         m = masks.spans(starts, columns, size, rows)
     elif call.layer.starts is None:
         m = masks.blocks(starts // size, size, rows)
