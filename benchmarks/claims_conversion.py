@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from claims_sparse import EVIDENCE, ROOT, Cells, FarRecall, Row, fit, model, score, trained
+from claims_sparse import EVIDENCE, ROOT, Cells, FarRecall, Row, caption, fit, model, score, trained
 
-from subquad.bench.results import machine, write_json, write_section
+from subquad.bench.results import machine, table, write_json, write_section
 from subquad.models import CausalLM, CausalLMConfig
 
 RESULTS = ROOT / "benchmarks" / "results" / "claims_conversion.json"
@@ -109,19 +109,6 @@ CLAIMS: dict[str, Callable[[], Cells]] = {
 }
 
 
-def table(name: str, found: dict[str, Row]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in found.values() for key in row))
-    lines = [f"**{name}.** {' '.join((CLAIMS[name].__doc__ or '').split())}", ""]
-    lines += ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    for entry, row in found.items():
-        cells = (
-            f"{row[c]:,.0f}" if row.get(c, 0) > 9 else f"{row[c]:.3g}" if c in row else ""
-            for c in columns
-        )
-        lines.append(f"| {entry} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--claim", choices=list(CLAIMS))
@@ -138,8 +125,8 @@ def main() -> None:
         f"`python benchmarks/claims_conversion.py` on {made['device']}, torch {made['torch']}.",
         "",
     ]
-    for name in CLAIMS:
-        lines += table(name, done[name]) if name in done else []
+    for name in (name for name in CLAIMS if name in done):
+        lines += [caption(name, CLAIMS[name]), "", *table(done[name])]
     write_section(
         EVIDENCE, "claims_conversion", "Claims of the conversion mixers", "\n".join(lines)
     )

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.bench.match import build, matched, parameters
-from subquad.bench.results import machine, write_json
+from subquad.bench.results import machine, table, write_json, write_section
 from subquad.mixers.base import create_mixer
 from subquad.mixers.parts.norm import GatedRMSNorm
 from subquad.tasks import create_task
@@ -38,7 +38,6 @@ from subquad.train import TrainConfig, evaluate, train
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "claims_memory.json"
 EVIDENCE = ROOT / "docs" / "evidence.md"
-START, END = "<!-- claims_memory: written by benchmarks/claims_memory.py -->", "<!-- memory end -->"
 
 Row = dict[str, Any]
 Cell = Callable[[], Row]
@@ -187,15 +186,6 @@ def cells(asked: argparse.Namespace) -> dict[tuple[str, str, int], Cell]:
     return found
 
 
-def table(rows: dict[str, Row]) -> list[str]:
-    columns = list(next(iter(rows.values())))
-    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    for entry, row in rows.items():
-        values = (f"{v:,.0f}" if v > 999 else f"{v:.3f}" for v in (row[c] for c in columns))
-        lines.append(f"| {entry} | " + " | ".join(values) + " |")
-    return [*lines, ""]
-
-
 TITLES = {
     "needle": "**Needles beyond the training length.** A key and its value in noise; trained on "
     f"{TRAINED} tokens ({STEPS:,} steps), accuracy at other lengths. A short convolution, then one "
@@ -206,7 +196,6 @@ TITLES = {
 
 
 def write_evidence(claims: dict[str, dict[str, Row]], made: Row) -> None:
-    """Put the tables between their marks in docs/evidence.md; the rest stays as it is."""
     lines = [
         f"`python benchmarks/claims_memory.py --data ETTh1.csv` on {made['device']}, torch "
         f"{made['torch']}, means of {len(SEEDS)} seeds.",
@@ -214,13 +203,7 @@ def write_evidence(claims: dict[str, dict[str, Row]], made: Row) -> None:
     ]
     for claim, rows in claims.items():
         lines += [TITLES[claim], "", *table(rows)]
-    page = EVIDENCE.read_text()
-    if START not in page:
-        page = f"{page.rstrip()}\n\n## Claims of the neural memory\n\n{START}\n{END}\n"
-    before, _, rest = page.partition(START)
-    text = "\n".join(lines)
-    EVIDENCE.write_text(f"{before}{START}\n\n{text}\n{END}{rest.partition(END)[2]}")
-    print(text)
+    write_section(EVIDENCE, "claims_memory", "Claims of the neural memory", "\n".join(lines))
 
 
 def share(text: str) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from regressions import (
     untrained,
 )
 
-from subquad.bench.results import machine, write_json, write_section
+from subquad.bench.results import machine, table, write_json, write_section
 from subquad.models import CausalLM, CausalLMConfig
 from subquad.ops.probe import local_linear
 from subquad.tasks import create_task
@@ -180,20 +180,6 @@ CLAIMS: dict[str, Callable[..., Cells]] = {
 UNTRAINED = ("piecewise", "solution")
 
 
-def table(name: str, found: dict[str, Row]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in found.values() for key in row))
-    lines = [f"**{name}.** {' '.join((CLAIMS[name].__doc__ or '').split())}", ""]
-    lines += ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    for entry, row in found.items():
-        cells = (row.get(c, "") for c in columns)
-        shown = (
-            f"{c:.3g}" if isinstance(c, float) else f"{c:,}" if isinstance(c, int) else c
-            for c in cells
-        )
-        lines.append(f"| {entry} | " + " | ".join(shown) + " |")
-    return [*lines, ""]
-
-
 def write_evidence(claims: dict[str, dict[str, Row]], made: dict[str, Any]) -> None:
     lines = [
         f"`python benchmarks/claims_probe.py` on {made['device']}, torch {made['torch']}, "
@@ -202,7 +188,8 @@ def write_evidence(claims: dict[str, dict[str, Row]], made: dict[str, Any]) -> N
     ]
     for name, make in CLAIMS.items():
         rows = {entry: claims[name][entry] for entry, _ in make() if entry in claims.get(name, {})}
-        lines += table(name, rows) if rows else []
+        if rows:
+            lines += [f"**{name}.** {' '.join((make.__doc__ or '').split())}", "", *table(rows)]
     write_section(EVIDENCE, "claims_probe", "Claims of the kernel regressions", "\n".join(lines))
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.bench.results import machine, write_json, write_section
+from subquad.bench.results import machine, table, write_json, write_section
 from subquad.mixers.softmax import Softmax
 from subquad.models import CausalLM, CausalLMConfig
 from subquad.ops.layout import repeat_heads
@@ -307,14 +307,9 @@ CLAIMS: dict[str, Callable[[], Cells]] = {
 }
 
 
-def table(name: str, found: dict[str, Row]) -> list[str]:
-    columns = list(dict.fromkeys(key for row in found.values() for key in row))
-    lines = [f"**{name}.** {' '.join((CLAIMS[name].__doc__ or '').split())}", ""]
-    lines += ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
-    for entry, row in found.items():
-        cells = (f"{row[c]:.3g}" if c in row else "" for c in columns)
-        lines.append(f"| {entry} | " + " | ".join(cells) + " |")
-    return [*lines, ""]
+def caption(name: str, claim: Callable[..., Cells]) -> str:
+    """What stands above a claim's table: its docstring."""
+    return f"**{name}.** {' '.join((claim.__doc__ or '').split())}"
 
 
 def write_evidence(made: dict[str, Any], done: dict[str, dict[str, Row]]) -> None:
@@ -322,8 +317,8 @@ def write_evidence(made: dict[str, Any], done: dict[str, dict[str, Row]]) -> Non
         f"`python benchmarks/claims_sparse.py` on {made['device']}, torch {made['torch']}.",
         "",
     ]
-    for name in CLAIMS:
-        lines += table(name, done[name]) if name in done else []
+    for name in (name for name in CLAIMS if name in done):
+        lines += [caption(name, CLAIMS[name]), "", *table(done[name])]
     write_section(EVIDENCE, "claims_sparse", "Claims of the sparse mixers", "\n".join(lines))
 
 

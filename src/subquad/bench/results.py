@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
@@ -97,6 +97,24 @@ def write_section(page: Path, name: str, title: str, body: str) -> None:
         text = f"{text.rstrip()}\n\n## {title}\n\n{start}\n{end}\n"
     before, _, rest = text.partition(start)
     page.write_text(f"{before}{start}\n\n{body.strip()}\n\n{end}{rest.partition(end)[2]}")
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """``{entry: {column: value}}`` as the lines of a Markdown table and an empty one; a column that
+    an entry lacks stays blank."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    for entry, row in rows.items():
+        lines.append(f"| {entry} | {' | '.join(_shown(row.get(c, '')) for c in columns)} |")
+    return [*lines, ""]
+
+
+def _shown(value: str | float) -> str:
+    """Whole numbers in full, others in three digits."""
+    if isinstance(value, str):
+        return value
+    whole = isinstance(value, int) or abs(value) >= 1000
+    return f"{value:,.0f}" if whole else f"{value:.3g}"
 
 
 def machine() -> dict[str, Any]:

@@ -71,6 +71,14 @@ def same_dtype(tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{name} must be floating point, got {dtype}")
 
 
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+    """The sizes of q ``[B,T,H,K]``, k ``[B,S,G,K]``, v ``[B,S,G,V]``: one dtype, G divides H."""
+    sizes = shapes({"q": (q, "B T H K"), "k": (k, "B S G K"), "v": (v, "B S G V")})
+    same_dtype({"q": q, "k": k, "v": v})
+    divides("heads of k", sizes["G"], "heads of q", sizes["H"])
+    return sizes
+
+
 def heads(counts: Mapping[str, int]) -> int:
     """The largest head count, which every other must divide."""
     most = max(counts.values())

@@ -163,10 +163,8 @@ def attention(
         ValueError: for shapes, head counts, dtypes or boundaries that do not fit, and for a mask
             made for other lengths.
     """
-    checks.shapes({"q": (q, "B T H K"), "k": (k, "B S G K"), "v": (v, "B S G V")})
-    checks.same_dtype({"q": q, "k": k, "v": v})
-    (B, T, H, K), S, G = q.shape, k.shape[1], k.shape[2]
-    checks.divides("heads of k", G, "heads of q", H)
+    sizes = checks.grouped(q, k, v)
+    B, T, S, H, G, K, V = (sizes[name] for name in "BTSHGKV")
     checks.cu_seqlens(cu_seqlens, B=B, T=T)
     if cu_seqlens is not None:
         if S != T or offset not in (None, 0):
@@ -182,7 +180,7 @@ def attention(
         mask = None if mask == masks.full() else mask
     grad = is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     asked = request(
-        B=B, T=T, S=S, H=H, G=G, K=K, V=v.shape[3], device=q.device.type, dtype=q.dtype,
+        B=B, T=T, S=S, H=H, G=G, K=K, V=V, device=q.device.type, dtype=q.dtype,
         mask=mask, offset=offset, grad=grad, lse=return_lse,
     )  # fmt: skip
     run = choose("attention", BACKENDS, asked, backend).load()

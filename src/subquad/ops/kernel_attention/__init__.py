@@ -144,15 +144,11 @@ def mixed_attention(
     Raises:
         ValueError: for shapes, head counts, dtypes or boundaries that do not fit.
     """
-    sizes = checks.shapes(
-        {
-            "q": (q, "B T H K"), "k": (k, "B S G K"), "v": (v, "B S G V"),
-            "phi_q": (phi_q, "B T H F"), "phi_k": (phi_k, "B L H F"),
-        }
-    )  # fmt: skip
-    checks.same_dtype({"q": q, "k": k, "v": v})
+    sizes = checks.grouped(q, k, v)
+    sizes |= checks.shapes(
+        {"q": (q, "B T H K"), "phi_q": (phi_q, "B T H F"), "phi_k": (phi_k, "B L H F")}
+    )
     B, T, S, H, G = (sizes[name] for name in "BTSHG")
-    checks.divides("heads of k", G, "heads of q", H)
     checks.cu_seqlens(cu_seqlens, B=B, T=T)
     if not isinstance(near, Near):
         raise ValueError(f"near must be a Near, got {type(near).__name__}")
@@ -222,7 +218,7 @@ def window_sums(
     Returns:
         ``[B,T,H,V+1]``, float32 (float64 for float64 inputs). Differentiable.
     """
-    checks.shapes({"q": (q, "B T H K"), "k": (k, "B S G K"), "v": (v, "B S G V")})
+    checks.grouped(q, k, v)
     from subquad.ops.kernel_attention.torch import near_window
 
     with without_autocast(q.device.type):

@@ -109,10 +109,9 @@ def probe(
         ValueError: for shapes, head counts, dtypes or boundaries that do not fit, and for a
             window without causal.
     """
-    checks.shapes(
-        {"q": (q, "B T H K"), "k": (k, "B S G K"), "v": (v, "B S G V"), "r": (r, "B T H K")}
-    )
-    checks.same_dtype({"q": q, "k": k, "v": v, "r": r})
+    checks.grouped(q, k, v)
+    checks.shapes({"q": (q, "B T H K"), "r": (r, "B T H K")})
+    checks.same_dtype({"q": q, "r": r})
     lo, hi = _visible(q, k, causal, window, offset, starts, cu_seqlens)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, r))
@@ -159,8 +158,7 @@ def local_linear(
     Raises:
         ValueError: as :func:`probe`, and for a ridge that is not positive.
     """
-    checks.shapes({"q": (q, "B T H K"), "k": (k, "B S G K"), "v": (v, "B S G V")})
-    checks.same_dtype({"q": q, "k": k, "v": v})
+    checks.grouped(q, k, v)
     H, K = q.shape[2:]
     steps = min(K, STEPS) if steps is None else steps
     checks.positive("steps", steps)
@@ -195,8 +193,7 @@ def _visible(
     starts: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
-    checks.divides("heads of k", G, "heads of q", H)
+    (B, T), S = q.shape[:2], k.shape[1]
     if S < 1:
         raise ValueError(f"k must hold a token at least, got shape {list(k.shape)}")
     checks.cu_seqlens(cu_seqlens, B=B, T=T)
