@@ -8,7 +8,7 @@ import time
 import pytest
 
 from subquad.bench import figures, report, units
-from subquad.bench.results import Results
+from subquad.bench.results import Results, table
 
 ENTRIES = ("softmax", "gla[heads=2]", "hybrid:3")
 
@@ -195,3 +195,14 @@ def test_in_a_browser(results, browser):
 
     log = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     assert not log, json.dumps(log, indent=1)
+
+
+def test_table_of_rows_with_different_columns():
+    rows = {"a": {"error": 0.12345, "tokens": 4096}, "b": {"error": 12345.6, "on": "a CPU"}}
+    assert table(rows) == [
+        "| | error | tokens | on |",
+        "| --- | ---: | ---: | ---: |",
+        "| a | 0.123 | 4,096 |  |",
+        "| b | 12,346 |  | a CPU |",
+        "",
+    ]
