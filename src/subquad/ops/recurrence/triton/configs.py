@@ -128,5 +128,11 @@ def safe(kernel: str, *, K: int, V: int, itemsize: int) -> Config:
     if kernel == "combine":
         return {"BV": min(v, 16), "num_warps": 8, "num_stages": 1}
     if kernel == "decode":
-        return {"BV": min(v, 64), "num_warps": 8, "num_stages": 1}
+        return decoding(K, min(v, 32))
     return {"BV": min(v, 16), "num_warps": 4, "num_stages": 1}
+
+
+def decoding(K: int, BV: int) -> Config:
+    """BV values a program, 128 elements of the state a thread: on an H200 twice as fast as 64 and
+    five times as fast as 512 (which spill)."""
+    return {"BV": BV, "num_warps": max(1, min(8, width(K) * BV // 4096)), "num_stages": 1}

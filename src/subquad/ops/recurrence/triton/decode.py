@@ -167,9 +167,9 @@ def _decode(
     y = v.new_empty(v.shape)
     nexts = [p.new_empty(p.shape) for p in pasts]
     name = "channel" if decay.dim() == 3 else "head"
-    c = dict(configs.config("decode", configs.arch(v.device), name, beta is not None, K, V, 4))
-    if gate is not None:
-        c["BV"] = configs.width(V)
+    c = configs.config("decode", configs.arch(v.device), name, beta is not None, K, V, 4)
+    if gate is not None and c["BV"] != configs.width(V):
+        c = configs.decoding(K, configs.width(V))
     inputs = [t.contiguous() for t in (q, k, v, *pasts, *weights)]
     decode[(B * triton.cdiv(V, c["BV"]), H)](
         *inputs, *nexts, decay.contiguous(), A_log, dt_bias,
