@@ -37,6 +37,32 @@ SIZE, BLOCK = 32, 16  # 1,024 tokens, 64 blocks
 Row = dict[str, Any]
 
 
+def gate(device: str) -> float:
+    """The worst relative error of a layer's output and gradients in bfloat16 against float64, both
+    over the blocks that float64 chooses; stops where it is too large."""
+    torch.manual_seed(0)
+    wide = SLA(dim=128, heads=2, topk=0.1, block=BLOCK).double()
+    nn.init.normal_(wide.linear_proj.weight, std=0.3)
+    narrow = copy.deepcopy(wide).to(device, torch.bfloat16)
+    q, k, v, do = (torch.randn(2, SIZE**2, 2, 64).bfloat16() for _ in range(4))
+    index, rest = wide.choose(q.double(), k.double())
+    found = []
+    for made, place, dtype in (
+        (narrow, device, torch.bfloat16),
+        (wide, "cpu", torch.float64),
+    ):
+        chosen = index.to(place), rest.to(place)
+        made.choose = lambda q, k, chosen=chosen: chosen  # type: ignore[method-assign]
+        own = [t.detach().to(place, dtype).requires_grad_() for t in (q, k, v)]
+        o = made.attend(*own)
+        o.backward(do.to(place, dtype))
+        found.append([t.detach().cpu().double() for t in (o, *(t.grad for t in own))])
+    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True))
+    if not worst < 2e-2:
+        raise SystemExit(f"the kernels are off by {worst:.2g}")
+    return worst
+
+
 class Judge:
     """A classifier of the digits: the accuracy of samples, and their Fréchet distance."""
 
@@ -248,6 +274,8 @@ def main() -> None:
     args = parser.parse_args()
     found: Row = json.loads(args.out.read_text()) if args.out.is_file() else {}
     found["made"] = {**found.get("made", {}), args.part: machine()}
+    if args.part != "page":
+        print("error of a layer:", gate(args.device))
     {"images": images, "toy": toy}[args.part](found, args)
 
 

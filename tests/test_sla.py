@@ -13,9 +13,7 @@ from subquad import create_mixer
 from subquad.ops.attention.chosen_rows import chosen_rows
 from subquad.ops.backend import interpreted
 from subquad.ops.kernel_attention import bidirectional
-from subquad.ops.kernel_attention.marginal import marginal, states
-
-PHI = {"softmax": lambda x: x.softmax(-1), "elu": lambda x: F.elu(x) + 1, "relu": F.relu}
+from subquad.ops.kernel_attention.marginal import PHI, marginal, states
 
 
 def randn(*shape, seed=0):
@@ -122,12 +120,11 @@ def test_definition(T, bq, bk, variant, phi):
 def test_sum_less_the_critical_is_the_marginal():
     q, k, v = (randn(2, 50, 2, 6, seed=s).float() for s in range(3))
     read = torch.rand(2, 2, 7, 7, generator=torch.Generator().manual_seed(0)) < 0.6
-    k, q = k.softmax(-1), q.softmax(-1)
-    h, z = states(k, v, 8)
+    h, z = states(k.softmax(-1), v, 8)
     left = (~read).float()
     S = h.sum(2, keepdim=True) - (left @ h.flatten(3)).view(2, 2, 7, 6, 6)
     Z = z.sum(2, keepdim=True) - left @ z
-    own = F.pad(q, (0, 0, 0, 0, 0, 6)).transpose(1, 2).unflatten(2, (7, 8))
+    own = F.pad(q.softmax(-1), (0, 0, 0, 0, 0, 6)).transpose(1, 2).unflatten(2, (7, 8))
     want = own @ S / ((own @ Z[..., None]).clamp_min(0) + 1e-5)
     close(marginal(q, k, v, read, 8), want.flatten(2, 3)[:, :, :50].transpose(1, 2), 1e-4)
 
@@ -140,7 +137,7 @@ def test_moving_whole_key_blocks_changes_nothing():
     for i in (torch.arange(5), order):
         own = [t.unflatten(1, (5, 8))[:, i].flatten(1, 2) for t in (k, v)]
         index, rest = made.choose(q, own[0])
-        o = marginal(q.softmax(-1), own[0].softmax(-1), own[1], rest, 8)
+        o = marginal(q, *own, rest, 8)
         found.append(chosen_rows(q, *own, index, 8) + made.linear_proj(o))
     close(*found)
 
@@ -151,7 +148,7 @@ def test_gradients_at_the_start():
     y = made(x)[0]
     assert torch.autograd.grad(y.square().sum(), W)[0].abs().max() > 1e-3
     q, k, v = (t.detach().requires_grad_() for t in qkv(made, x))
-    linear = marginal(q.softmax(-1), k.softmax(-1), v, made.choose(q, k)[1], 8) @ W.T
+    linear = marginal(q, k, v, made.choose(q, k)[1], 8) @ W.T
     for g in torch.autograd.grad(linear.square().sum() + linear.sum(), (q, k, v)):
         assert g.abs().max() == 0
 
@@ -231,8 +228,7 @@ def test_grouped_heads_are_repeated_ones():
     o = chosen_rows(q, k, v, index, 8)
     close(o, chosen_rows(q, *wide, index, 8))
     assert (o[0, 16:] == 0).all()
-    phi = [t.softmax(-1) for t in (q, k, wide[0])]
-    close(marginal(*phi[:2], v, read, 8), marginal(phi[0], phi[2], wide[1], read, 8))
+    close(marginal(q, k, v, read, 8), marginal(q, *wide, read, 8))
 
 
 def test_blocks_of_queries_in_turns(monkeypatch):
@@ -292,7 +288,38 @@ def test_kernels_in_the_interpreter():
 
 
 @pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPRET=1")
-@pytest.mark.parametrize(("T", "bq", "bk"), [(75, 32, 16), (70, 64, 64)])
+@pytest.mark.parametrize(
+    ("phi", "dtype", "shape"),
+    [
+        ("softmax", torch.float32, (70, 37, 4, 2, 12, 20, 32, 16)),
+        ("elu", torch.bfloat16, (70, 37, 4, 2, 12, 20, 32, 16)),
+        ("relu", torch.float32, (20, 21, 1, 1, 16, 16, 8, 8)),
+        ("softmax", torch.bfloat16, (130, 100, 1, 1, 16, 16, 128, 70)),
+    ],
+)
+def test_linear_part_on_kernels(phi, dtype, shape):
+    T, S, H, G, K, V, rows, size = shape
+    q, k, v = randn(2, T, H, K), randn(2, S, G, K, seed=1), randn(2, S, G, V, seed=2)
+    do = randn(2, T, H, V, seed=3).float()
+    read = torch.rand(
+        2, H, -(-T // rows), -(-S // size), generator=torch.Generator().manual_seed(0)
+    )
+    read = read < 0.6
+    read[0, 0, 0] = False
+    found = []
+    for kind in (dtype, torch.float64):
+        own = [t.to(dtype).to(kind).requires_grad_() for t in (q, k, v)]
+        o = marginal(*own, read, size, rows=rows, phi=phi)
+        o.backward(do.to(o.dtype))
+        found.append([o.detach(), *(t.grad for t in own)])
+    assert (found[0][0][0, :rows, 0] == 0).all()
+    for got, want in zip(*found, strict=True):
+        limit = 1e-5 if dtype == torch.float32 or got.dtype != dtype else 4e-3
+        assert (got.double() - want).norm() < limit * want.norm()
+
+
+@pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("T", "bq", "bk"), [(40, 32, 16), (70, 64, 64)])
 def test_layer_on_kernels(T, bq, bk):
     wide = trained(mixer(block=bk, query_block=bq, topk=0.4))
     narrow = mixer(block=bk, query_block=bq, topk=0.4).float()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import subquad
+from subquad.ops.kernel_attention.marginal import PHI, marginal
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,6 +48,33 @@ def test_gpu_agrees_with_float64(case, dtype, limit, monkeypatch):
         found.append([t.cpu().double() for t in parts])
     for got, want in zip(*found, strict=True):
         assert (got - want).norm() < limit * want.norm().clamp_min(1e-6)
+
+
+@pytest.mark.parametrize("phi", PHI)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("T", "S", "H", "G", "K", "V", "rows", "size"),
+    [
+        (1000, 700, 4, 2, 64, 64, 64, 64),
+        (513, 1025, 2, 1, 40, 128, 128, 16),
+        (64, 5000, 1, 1, 16, 32, 16, 200),
+        (500, 500, 2, 2, 128, 128, 64, 64),
+    ],
+)
+def test_linear_part(T, S, H, G, K, V, rows, size, phi, dtype, limit):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, T, H, K), torch.randn(2, S, G, K), torch.randn(2, S, G, V)
+    do = torch.randn(2, T, H, V)
+    read = torch.rand(2, H, -(-T // rows), -(-S // size)) < 0.6
+    read[0, 0, 0] = False
+    found = []
+    for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
+        own = [t.to(dtype).to(device, kind).requires_grad_() for t in (q, k, v)]
+        o = marginal(*own, read.to(device), size, rows=rows, phi=phi)
+        o.backward(do.to(o))
+        found.append([t.cpu().double() for t in (o.detach(), *(t.grad for t in own))])
+    for got, want in zip(*found, strict=True):
+        assert (got - want).norm() < limit * want.norm()
 
 
 def test_gpu_chooses_as_float64_does():

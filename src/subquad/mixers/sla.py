@@ -16,17 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.mixers.base import Context
-from subquad.mixers.parts.feature_map import create_feature_map
 from subquad.mixers.parts.grid import whole
 from subquad.mixers.softmax import Softmax
 from subquad.ops import checks, select
 from subquad.ops.attention.chosen_rows import chosen_rows
 from subquad.ops.backend import without_autocast
 from subquad.ops.kernel_attention import bidirectional
-from subquad.ops.kernel_attention.marginal import marginal
+from subquad.ops.kernel_attention.marginal import PHI, marginal
 
 VARIANTS = ("paper", "main")
-FEATURE_MAPS = ("softmax", "elu", "relu")
 EPS = 1e-5
 
 
@@ -81,7 +79,7 @@ class SLA(Softmax):
         checks.positive("block", block)
         query_block = block if query_block is None else query_block
         checks.positive("query_block", query_block)
-        checks.one_of("feature_map", feature_map, FEATURE_MAPS)
+        checks.one_of("feature_map", feature_map, PHI)
         checks.one_of("variant", variant, VARIANTS)
         for name, part in (("topk", topk), ("negligible", negligible)):
             if not 0 <= part <= 1:
@@ -93,7 +91,7 @@ class SLA(Softmax):
         )  # fmt: skip
         self.topk, self.negligible, self.variant = topk, negligible, variant
         self.block, self.query_block = block, query_block
-        self.feature_map = create_feature_map(feature_map, self.head_dim)
+        self.feature_map = feature_map
         self.linear_proj = nn.Linear(self.head_dim, self.head_dim)
         nn.init.zeros_(self.linear_proj.weight)
         nn.init.zeros_(self.linear_proj.bias)
@@ -109,12 +107,12 @@ class SLA(Softmax):
         exact = chosen_rows(q, k, v, critical, self.block, rows=rows, scale=self.scale)
         with without_autocast(q.device.type):
             wide = torch.promote_types(v.dtype, torch.float32)
-            features = self.feature_map(q.to(wide)), self.feature_map(k.to(wide)), v.to(wide)
             if self.variant == "main":
+                f_q, f_k = (PHI[self.feature_map](t.to(wide)) for t in (q, k))
                 T = k.shape[1]  # of a mean and a sum
-                o = bidirectional(*features, "divide", scale=1.0, eps=EPS / T)
+                o = bidirectional(f_q, f_k, v.to(wide), "divide", scale=1.0, eps=EPS / T)
             else:
-                o = marginal(*features, rest, self.block, rows=rows, eps=EPS)
+                o = marginal(q, k, v, rest, self.block, rows=rows, phi=self.feature_map, eps=EPS)
             W, b = self.linear_proj.weight, self.linear_proj.bias
             o = exact + F.linear(o, W.to(wide), b.to(wide))
         return o.to(v.dtype)

@@ -37,13 +37,6 @@ class Pointwise(FeatureMap):
         return ACTIVATIONS[self.activation](x)
 
 
-class Softmax(FeatureMap):
-    """A softmax over the features: positive, with a sum of 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.softmax(-1)
-
-
 class ElementwiseProduct(FeatureMap):
     """``(W1 x + b1) * (W2 x + b2)``. Not positive: for attention without a denominator."""
 
@@ -130,7 +123,6 @@ FEATURE_MAPS: Mapping[str, Callable[..., FeatureMap]] = {
     "elu": partial(Pointwise, activation="elu"),
     "relu": partial(Pointwise, activation="relu"),
     "identity": partial(Pointwise, activation="identity"),
-    "softmax": Softmax,
     "elementwise_product": ElementwiseProduct,
     "t2r": T2R,
     "hedgehog": Hedgehog,
