@@ -1,11 +1,12 @@
 """SLA on a GPU over the length, beside PyTorch's fused softmax, behind a correctness gate.
 
-python benchmarks/sla.py [--out FILE]
+python benchmarks/sla.py [--out FILE] [--page]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.bench.measure import peak_memory
-from subquad.bench.results import machine, write_json
+from subquad.bench.results import machine, write_json, write_section
 from subquad.mixers.sla import SLA
 from subquad.ops.attention.chosen_rows import chosen_rows
 from subquad.ops.kernel_attention.marginal import marginal
 
+PERFORMANCE = Path(__file__).parents[1] / "docs" / "performance.md"
 OUT = Path(__file__).parent / "results" / "sla.json"
 LENGTHS = (1024, 4096, 16384, 32768, 65536)
 TOPKS = (0.05, 0.15)
@@ -117,10 +119,41 @@ def rows(T: int) -> dict[str, dict[str, float]]:
     return out
 
 
+def page(found: dict[str, Any]) -> None:
+    made, shape = found["made"], found["shape"]
+    worst = max(found["errors"].values())
+    lines = [
+        f"`python benchmarks/sla.py` on {made['device']}, torch {made['torch']}, Triton "
+        f"{made['triton']}, {made['date']}: bfloat16, {shape['H']} heads of {shape['K']}, blocks "
+        "of 64, one sequence, medians; SLA without its projections, the choice of blocks and W "
+        f"included. Before timing, outputs and gradients lay within {worst:.1g} of float64.",
+        "",
+        "| tokens | | pairs kept | forward ms | times SDPA | forward + backward ms | times SDPA "
+        "| peak GiB |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for T, rows_ in found["rows"].items():
+        base = rows_["sdpa"]
+        for name, row in rows_.items():
+            ratios = [base[w] / row[w] for w in ("forward", "forward and backward")]
+            kept = f"{row['kept']:.1%}" if "kept" in row else ""
+            lines.append(
+                f"| {int(T):,} | {name} | {kept} | {row['forward']:.3g} | {ratios[0]:.2f} | "
+                f"{row['forward and backward']:.3g} | {ratios[1]:.2f} | "
+                f"{row['peak, bytes'] / 2**30:.2f} |"
+            )
+    write_section(PERFORMANCE, "sla", "SLA beside full attention", "\n".join(lines))
+
+
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT)
-    out = parser.parse_args().out
+    parser.add_argument("--page", action="store_true", help="write docs/performance.md from it")
+    args = parser.parse_args()
+    out = args.out
+    if args.page:
+        page(json.loads(out.read_text()))
+        return
     found: dict[str, Any] = {"made": machine(), "shape": {"B": 1, "H": HEADS, "K": DIM}}
     found["errors"] = gate()
     print(found["errors"])

@@ -21,11 +21,9 @@ from subquad.mixers.softmax import Softmax
 from subquad.ops import checks, select
 from subquad.ops.attention.chosen_rows import chosen_rows
 from subquad.ops.backend import without_autocast
-from subquad.ops.kernel_attention import bidirectional
 from subquad.ops.kernel_attention.marginal import PHI, marginal
 
 VARIANTS = ("paper", "main")
-EPS = 1e-5
 
 
 class SLA(Softmax):
@@ -105,16 +103,10 @@ class SLA(Softmax):
         critical, rest = self.choose(q, k)
         rows = self.query_block
         exact = chosen_rows(q, k, v, critical, self.block, rows=rows, scale=self.scale)
+        o = marginal(q, k, v, rest, self.block, rows=rows, phi=self.feature_map)
         with without_autocast(q.device.type):
-            wide = torch.promote_types(v.dtype, torch.float32)
-            if self.variant == "main":
-                f_q, f_k = (PHI[self.feature_map](t.to(wide)) for t in (q, k))
-                T = k.shape[1]  # of a mean and a sum
-                o = bidirectional(f_q, f_k, v.to(wide), "divide", scale=1.0, eps=EPS / T)
-            else:
-                o = marginal(q, k, v, rest, self.block, rows=rows, phi=self.feature_map, eps=EPS)
-            W, b = self.linear_proj.weight, self.linear_proj.bias
-            o = exact + F.linear(o, W.to(wide), b.to(wide))
+            W, b = (t.to(o.dtype) for t in (self.linear_proj.weight, self.linear_proj.bias))
+            o = exact + F.linear(o, W, b)
         return o.to(v.dtype)
 
     @torch.no_grad()
@@ -125,8 +117,8 @@ class SLA(Softmax):
             q: ``[B,T,H,K]``; k: ``[B,T,G,K]``.
 
         Returns:
-            The critical blocks, int32 ``[B,H,M,c]``, rising; and bool ``[B,H,M,N]``, whether a
-            block is marginal.
+            The critical blocks, int32 ``[B,H,M,c]``, rising; and bool ``[B,H,M,N]``, whether the
+            linear part reads a block.
         """
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k = q.detach().to(wide), k.detach().to(wide)
@@ -136,9 +128,10 @@ class SLA(Softmax):
             scores = torch.einsum("bmgrk,bngk->bgrmn", rows, keys).flatten(1, 2)
         critical, skipped = self.counts(keys.shape[1])
         order = scores.argsort(dim=-1, descending=True, stable=True)
-        rest = torch.ones_like(scores, dtype=torch.bool).scatter_(-1, order[..., :critical], False)
-        if skipped:
-            rest.scatter_(-1, order[..., -skipped:], False)
+        rest = torch.ones_like(scores, dtype=torch.bool)
+        if self.variant == "paper":
+            rest.scatter_(-1, order[..., :critical], False)
+            rest.scatter_(-1, order[..., order.shape[-1] - skipped :], False)
         return order[..., :critical].sort(-1)[0].int(), rest
 
     def counts(self, N: int) -> tuple[int, int]:
@@ -166,5 +159,5 @@ class SLA(Softmax):
         """Both branches, the product of the map of blocks with their states, and the map."""
         own = sum(m.weight.numel() for name, m in self.named_modules() if name[1:] == "_proj")
         M, N, K = -(-T // self.query_block), -(-T // self.block), self.head_dim
-        linear = 3 * T * K**2 + M * N * K * (1 if self.variant == "main" else K + 1)
+        linear = 3 * T * K**2 + M * N * K * (K + 1)
         return 2 * T * own + self.heads * (4 * self.pairs(T) * K + 2 * linear)

@@ -39,7 +39,7 @@ class _Node(torch.autograd.Function):
         h = _matrices((B, G, N), K, V, split, q.device)
         z = torch.empty(B, G, N, K, device=q.device)
         o = torch.empty(B, T, H, V, device=q.device)
-        map_ = read.view(B, G, -1, N)
+        map_ = read.reshape(B, G, -1, N)
         with _on(q):
             kernels.write_states[(N, B * G)](
                 k, v, h, z, S, H, G, N, size, N * K * V, *k.stride()[:3], *v.stride()[:3],
@@ -64,7 +64,7 @@ class _Node(torch.autograd.Function):
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         ds = _matrices((B, G, H // G * M), K, V, split, q.device)
         ds_z = torch.empty_like(s_z)
-        back = read.view(B, G, -1, N).mT
+        back = read.reshape(B, G, -1, N).mT
         with _on(q):
             kernels.read_backward[(M, B * H)](
                 q, s, s_z, do.float().contiguous(), dq, ds, ds_z, T, H, G, M, rows,
