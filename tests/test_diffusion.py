@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModel
 from typer.testing import CliRunner
 
 from kit import close
@@ -104,9 +105,14 @@ def test_patches_come_back_in_their_places():
 def test_saved_and_loaded(tmp_path):
     model = small(mixer={"mixer": "sla", "block": 4, "topk": 0.3}).eval()
     model.save_pretrained(tmp_path)
-    again = DiT.from_pretrained(tmp_path).eval()
+    again = AutoModel.from_pretrained(tmp_path).eval()
+    assert isinstance(again, DiT)
     x, t = torch.randn(2, 1, 8, 8), torch.rand(2)
     close(again(x, t), model(x, t), 0)
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(ValueError, match="corrupt"):
+        DiT.from_pretrained(tmp_path)
 
 
 def test_checkpointing_changes_nothing():

@@ -24,8 +24,14 @@ _WATCHED = (
     "transformers.generation.utils",
     "transformers.modeling_utils",
     "transformers.modeling_layers",
+    "subquad.models.blocks",
+    "subquad.models.checkpoint",
     "subquad.models.config",
     "subquad.models.causal_lm",
+    "subquad.models.diffusion.blocks",
+    "subquad.models.diffusion.config",
+    "subquad.models.diffusion.model",
+    "subquad.models.vision.blocks",
     "subquad.models.vision.config",
     "subquad.models.vision.model",
 )
@@ -105,22 +111,28 @@ def _register_config() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from subquad.models.config import CausalLMConfig
+    from subquad.models.diffusion.config import DiTConfig
     from subquad.models.vision.config import VisionConfig
 
+    AutoConfig.register(DiTConfig.model_type, DiTConfig, exist_ok=True)
     AutoConfig.register(CausalLMConfig.model_type, CausalLMConfig, exist_ok=True)
     AutoConfig.register(VisionConfig.model_type, VisionConfig, exist_ok=True)
 
 
 def _register_model() -> None:
     from transformers.models.auto.modeling_auto import (
+        AutoModel,
         AutoModelForCausalLM,
         AutoModelForImageClassification,
     )
 
     from subquad.models.causal_lm import CausalLM
     from subquad.models.config import CausalLMConfig
+    from subquad.models.diffusion.config import DiTConfig
+    from subquad.models.diffusion.model import DiT
     from subquad.models.vision.config import VisionConfig
     from subquad.models.vision.model import VisionModel
 
+    AutoModel.register(DiTConfig, DiT, exist_ok=True)
     AutoModelForCausalLM.register(CausalLMConfig, CausalLM, exist_ok=True)
     AutoModelForImageClassification.register(VisionConfig, VisionModel, exist_ok=True)

@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_utils import PreTrainedModel
 
 from subquad.mixers.parts.grid import to_tokens
+from subquad.models.checkpoint import Checkpoints
 from subquad.models.diffusion.blocks import Block, Condition, Modulation, places
 from subquad.models.diffusion.config import DiTConfig
 from subquad.models.vision.model import fresh_weights
 
 
-class DiT(PreTrainedModel):
+class DiT(Checkpoints):
     """The velocity of flow matching, ``image - noise``, from ``x = (1 - t) noise + t image``.
 
     ``save_pretrained``, ``from_pretrained`` (safetensors) and gradient checkpointing work as for
