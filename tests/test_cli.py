@@ -55,10 +55,12 @@ def test_help_and_list_do_without_torch():
 
 
 def test_every_command_has_help():
-    for command in cli.app.registered_commands:
-        name = command.name or command.callback.__name__
-        assert command.callback.__doc__, f"{name} has no docstring"
-        assert "Usage" in _run(name, "--help")
+    groups = {(group.name,): group.typer_instance for group in cli.app.registered_groups}
+    for above, app in {(): cli.app, **groups}.items():
+        for command in app.registered_commands:
+            name = command.name or command.callback.__name__
+            assert command.callback.__doc__, f"{name} has no docstring"
+            assert "Usage" in _run(*above, name, "--help")
 
 
 def test_list():
@@ -153,6 +155,7 @@ def test_readme_runs(monkeypatch, tmp_path):
 def test_readme_names_only_commands_that_exist():
     shell = "".join(re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S))
     known = {c.name or c.callback.__name__ for c in cli.app.registered_commands}
+    known |= {group.name for group in cli.app.registered_groups}
     assert set(re.findall(r"^subquad (\w+)", shell, re.M)) <= known
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"^make (\w+)", shell, re.M)) <= targets
