@@ -73,10 +73,10 @@ def marginal(
     checks.divides("heads of k", G, "heads of q", H)
     checks.shape("read", read, (B, H, -(-T // rows), -(-S // size)))
     with without_autocast(q.device.type):
-        if (q.is_cuda or interpreted()) and q.dtype != torch.float64:
+        if q.is_cuda or interpreted():
             from subquad.ops.kernel_attention.triton import marginal_op as kernels
 
-            if max(sizes["K"], sizes["V"]) <= kernels.WIDEST:
+            if kernels.fits(v, sizes["K"]):
                 return kernels.marginal(q, k, v, read, size, rows, phi, eps)
         wide = torch.promote_types(v.dtype, torch.float32)
         f_q, f_k = (PHI[phi](t.to(wide)) for t in (q, k))

@@ -7,6 +7,7 @@ M blocks of queries, N of keys.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -18,7 +19,13 @@ from subquad.ops.kernel_attention.triton import marginal as kernels
 
 PHI = {"softmax": 0, "elu": 1, "relu": 2}
 TILE = 64  # smaller ones are wrong in backward passes on Hopper
-WIDEST = 128
+WIDEST = {2: 128 * 128, 4: 64 * 128}  # elements of a state, by the bytes of an input's: must fit
+
+
+def fits(v: Tensor, K: int) -> bool:
+    """Whether the kernels' tiles fit in a multiprocessor's shared memory."""
+    sides = [max(16, triton.next_power_of_2(n)) for n in (K, v.shape[3])]
+    return prod(sides) <= WIDEST.get(v.dtype.itemsize, 0)
 
 
 def marginal(
