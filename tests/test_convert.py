@@ -123,6 +123,12 @@ def test_what_is_shared_stays_and_the_teacher_too(tmp_path):
             made.layers[1].mlp.up_proj.weight, before["model.layers.1.mlp.up_proj.weight"]
         )
         assert same is (key == "lolcats")  # the other recipe tunes all weights
+        if key == "lolcats":  # adapters are on the new mixers alone
+            moved = [
+                not torch.equal(block.mixer.q_proj.weight, old.self_attn.q_proj.weight)
+                for block, old in zip(made.blocks, model.model.layers)
+            ]
+            assert moved == [False, True, True]
 
 
 def test_new_mixers_begin_with_the_teachers_weights():
