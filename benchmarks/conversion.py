@@ -46,11 +46,19 @@ SHORT: dict[str, Any] = {"steps": 200, "length": 1024, "batch": 8}
 LORA = {"lr": 2e-3, "warmup": 20}  # the published rate, 1e-4, is one for 7 B parameters
 PLAIN = {"map_rotary": False}
 BEST = "lolcats, maps without rotation"
-# The recipe, its kept layers, the stages run where not all, options of the mixer, what every stage
-# has (set) and what the tuning has (tune) instead of the recipe's own.
+# The recipe, its kept layers, the stages run where not all, options of the mixer, the dtype, what
+# every stage has (set) and what the tuning has (tune) instead of the recipe's own.
 CELLS: dict[str, dict[str, Any]] = {
     f"{BEST}, best layer kept": {
         "recipe": "lolcats", "keep": 1, "options": PLAIN, "set": LONG, "tune": LORA,
+    },
+    f"{BEST}, best layer kept, 500 steps": {
+        "recipe": "lolcats", "keep": 1, "options": PLAIN, "set": {**LONG, "steps": 500},
+        "tune": LORA,
+    },
+    f"{BEST}, best layer kept, 500 steps, windows of 128, twice the tokens": {
+        "recipe": "lolcats", "keep": 1, "options": {**PLAIN, "window": 128},
+        "set": {**LONG, "steps": 500, "batch": 2}, "tune": LORA, "dtype": "bfloat16",
     },
     f"{BEST}, random layer kept": {
         "recipe": "lolcats", "keep": RANDOM, "options": PLAIN, "set": LONG, "tune": LORA,
@@ -128,7 +136,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model"
         start = time.perf_counter()
-        subquad.convert(options.model, recipe, "stdlib", out=out, keep=cell.get("keep", ""))
+        given = {"keep": cell.get("keep", ""), "dtype": cell.get("dtype", "float32")}
+        subquad.convert(options.model, recipe, "stdlib", out=out, **given)
         took = time.perf_counter() - start
         record = json.loads((out / "conversion.json").read_text())
         found = quality(str(out), options.lengths)
