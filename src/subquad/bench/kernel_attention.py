@@ -102,8 +102,8 @@ def _spread(case: Case, device: str) -> float:
         return mixed_attention(**given, **rest, state=past, backend="reference")[0]
 
     weight = inputs["weight"]
-    o, change = torch.func.jvp(out, (weight,), (torch.ones_like(weight),))
-    terms = (change * _loss_weights(o)).sum(-1)
+    change = torch.func.jvp(out, (weight,), (torch.ones_like(weight),))[1]
+    terms = (change * _loss_weights(change)).sum(-1)
     return float(terms.norm(dim=(0, 1)).max())
 
 
