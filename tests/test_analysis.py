@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 import subquad
 from subquad.analysis import retrieval_heads as rh
 from subquad.analysis import secondary_sinks as ss
+from subquad.analysis import words
 from subquad.analysis.watch import Watch, row
 
 SIZES = {
@@ -76,6 +77,22 @@ class TestScore:
     def test_recall_counts_words(self):
         assert rh.recall("Eat a sandwich", "a SANDWICH, eat!") == 1
         assert rh.recall("a a b", "a") == pytest.approx(1 / 3)
+        assert rh.recall("hopping ponies", "a pony hopped") == 1
+
+    def test_stems(self):
+        """Porter's own examples, some of each of his steps."""
+        pairs = (
+            "caresses caress, ponies poni, feed feed, agreed agre, plastered plaster, sing sing, "
+            "conflated conflat, troubled troubl, sized size, hopping hop, falling fall, is is, "
+            "filing file, happy happi, sky sky, conditional condit, rational ration, "
+            "vietnamization vietnam, operator oper, hopefulness hope, sensibility sensibl, "
+            "triplicate triplic, formalize formal, revival reviv, replacement replac, "
+            "adoption adopt, probate probat, rate rate, cease ceas, controlling control, "
+            "generalizations gener, oscillators oscil, roll roll, fizzed fizz"
+        )
+        for pair in pairs.split(", "):
+            word, expected = pair.split()
+            assert words.stem(word) == expected
 
 
 class TestWatch:

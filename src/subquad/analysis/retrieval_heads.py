@@ -3,7 +3,6 @@ Head Mechanistically Explains Long-Context Factuality)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from subquad.analysis.watch import Head, Watch
+from subquad.analysis.words import recall
 from subquad.ops import checks
 
 RETRIEVAL, STRONG = 0.1, 0.5
@@ -80,14 +80,6 @@ def score(
     kinds = torch.unique(ids[s:e]).tolist()
     each = [(copied & (tokens == t)[:, None, None]).any(0) for t in kinds]
     return torch.stack(each).sum(0) / len(kinds)
-
-
-def recall(answer: str, said: str) -> float:
-    """ROUGE-1 recall, without stemming: the share of the answer's words that were said."""
-    words, heard = (re.findall(r"[a-z0-9]+", text.lower()) for text in (answer, said))
-    if not words:
-        raise ValueError(f"answer must hold a word, got {answer!r}")
-    return sum(min(words.count(w), heard.count(w)) for w in set(words)) / len(words)
 
 
 @dataclass(frozen=True)
