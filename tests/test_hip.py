@@ -163,6 +163,10 @@ inside = pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPR
         (70, 70, HiP(budget=16, rows=8, block=2, window=9, sinks=3)),
         (33, 90, HiP(budget=12, rows=8, block=2, window=10, sinks=4)),
         (50, 50, HiP(budget=8, rows=16, block=1, window=7, sinks=0)),
+        (70, 70, HiP(budget=16, rows=8, block=2, window=16, sinks=4)),
+        (35, 91, HiP(budget=16, rows=8, block=2, window=8, sinks=2, share=True)),
+        (20, 30, HiP(budget=16, rows=8, block=1, window=10, sinks=0)),
+        (9, 9, HiP(budget=4, rows=4, block=1, window=12, sinks=0)),
     ],
 )
 def test_attention_by_kernels(T, S, policy):

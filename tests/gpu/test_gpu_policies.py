@@ -53,8 +53,10 @@ def test_kernels_are_the_choice(name, options, T, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("T", "S"), [(1000, 1000), (300, 1111)])
-@pytest.mark.parametrize("shape", [(32, 2, 100, 16), (64, 4, 128, 16), (16, 1, 7, 0)], ids=str)
+@pytest.mark.parametrize(("T", "S"), [(1000, 1000), (300, 1111), (300, 1068)])
+@pytest.mark.parametrize(
+    "shape", [(32, 2, 100, 16), (64, 4, 128, 16), (32, 1, 256, 16), (16, 1, 7, 0)], ids=str
+)
 def test_hip_by_kernels_is_the_choice(shape, T, S, dtype):
     """Far blocks, windows and what lies between, merged = the same keys copied."""
     rows, block, window, sinks = shape

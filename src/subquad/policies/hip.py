@@ -198,8 +198,30 @@ class HiP(Policy):
         return self._gathered(call, found, rows, window)[0]
 
     def _kernels(self, call: Call, found: Tensor, window: int) -> Tensor:
-        """Three parts, merged: blocks that all queries of a row see beyond their windows, by the
-        block-sparse kernels; windows and sinks; and the few blocks that some queries have in their
+        """The keys found beyond the windows, and windows and sinks, merged."""
+        q, k, v = call.q, call.layer.keys, call.layer.values
+        near = mask.causal() & (mask.window(window - 1) | mask.sinks(self.sinks))
+        o, lse = attention(q, k, v, near, scale=call.scale, return_lse=True)
+        before, b = k.shape[1] - q.shape[1], self.rows
+        if (before - window) % b or self.sinks % self.block:
+            return merge([(o, lse), *self._apart(call, found, window)])[0]
+        # A query sees of these keys what a causal one would that stood a window earlier.
+        alone = max(window - before, 0)  # queries that have nothing beyond their windows
+        if alone >= q.shape[1]:
+            return o
+        begun = ((found >= 0) & (found < self.sinks)).sum(-1, keepdim=True)
+        far = _shifted(found, begun, found.shape[-1])[:, :, alone // b :]
+        offset = before - window + alone
+        far = F.pad(torch.where(far < 0, -1, far // self.block), (0, 0, offset // b, 0), value=-1)
+        rest = attention(
+            q[:, alone:], k, v, mask.causal() & mask.blocks(far, self.block, b),
+            scale=call.scale, offset=offset, return_lse=True,
+        )  # fmt: skip
+        return torch.cat([o[:, :alone], merge([(o[:, alone:], lse[:, alone:]), rest])[0]], 1)
+
+    def _apart(self, call: Call, found: Tensor, window: int) -> list[tuple[Tensor, Tensor]]:
+        """Where rows do not align with windows: blocks that all queries of a row see beyond their
+        windows, by the block-sparse kernels, and the few blocks that some queries have in their
         windows and others beyond."""
         (q, k, v), b, c = (call.q, call.layer.keys, call.layer.values), self.rows, self.block
         T, S = q.shape[1], k.shape[1]
@@ -214,18 +236,13 @@ class HiP(Policy):
         cut = _shifted(found, begun - 1, 1)
         cut = torch.where((begun > 0) & (cut + c > self.sinks), cut, -1)
         rest = torch.cat([cut, _shifted(found, done, min(n, b // c + 3))], -1)
-        parts = [
+        return [
             attention(
                 q, k, v, mask.blocks(torch.where(far < 0, -1, far // c), c, b),
                 scale=call.scale, offset=0, return_lse=True,
             ),
-            attention(
-                q, k, v, mask.causal() & (mask.window(window - 1) | mask.sinks(self.sinks)),
-                scale=call.scale, return_lse=True,
-            ),
             self._gathered(call, rest, b, window, alone=True),
         ]  # fmt: skip
-        return merge(parts)[0]
 
     def _gathered(
         self, call: Call, found: Tensor, rows: int, window: int, alone: bool = False

@@ -275,10 +275,11 @@ def peaks(q, k, blocks, size):
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     blocks = blocks.to(torch.int32).contiguous()
     out = torch.empty(blocks.shape, dtype=torch.float32, device=q.device)
-    peak_kernel[(R, B * N, triton.cdiv(n, 128))](
+    BN = 256 // q.element_size()  # what fits in shared memory
+    peak_kernel[(R, B * N, triton.cdiv(n, BN))](
         q, k, blocks, out, S, N, G, R, n, *q.stride()[:4], *k.stride()[:3],
         m=m, BM=min(64, max(16, triton.next_power_of_2(m))), K=K,
-        BK=max(16, triton.next_power_of_2(K)), SIZE=size, BN=128, PRECISION=_precision(q),
+        BK=max(16, triton.next_power_of_2(K)), SIZE=size, BN=BN, PRECISION=_precision(q),
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
