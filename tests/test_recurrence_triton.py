@@ -3,15 +3,17 @@
 import os
 import subprocess
 import sys
+import warnings
 from unittest import mock
 
 import pytest
 import torch
 
 from subquad.bench.recurrence import Case, decode_defined, decode_inputs, errors
-from subquad.ops.backend import backend, interpreted
+from subquad.ops.backend import Request, backend, interpreted
 from subquad.ops.recurrence import recurrence
 from subquad.ops.recurrence.reference import recurrence as definition
+from subquad.ops.recurrence.triton.gate import verify
 
 # Triton reads TRITON_INTERPRET when it is imported, so the kernels run in a process of their own.
 inside = pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPRET=1")
@@ -29,6 +31,19 @@ def test_kernels_in_the_interpreter():
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_the_choice_is_traced_without_warnings():
+    """Dynamo traces through a cached function, with a warning; the question is asked as it is."""
+
+    def chosen(x):
+        asked = Request("cuda", F32, {"B": 1, "T": 4, "K": 8, "V": 8}, frozenset())
+        return x + verify(asked)[0]
+
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(chosen, backend="eager", fullgraph=True)(torch.zeros(2))
 
 
 CASES = {

@@ -1,6 +1,8 @@
 """The recurrence's kernels on a CUDA GPU: every form, dtype, width, packing and state, against the
 definition in float64, forward and all gradients."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -90,6 +92,25 @@ def test_one_token_and_token_by_token(form):
     assert max(found.values()) < 1e-5, found
 
 
+@pytest.mark.parametrize(("decay", "delta"), [("head", False), ("channel", True)])
+@pytest.mark.parametrize("T", [100, 2100])  # the latter is split inside the GPU
+def test_first_call_compiles_all_its_kernels_at_once(decay, delta, T, monkeypatch):
+    """Each by the rehearsal, none by a launch; widths that no other test has compiled."""
+    import triton
+
+    found = []
+
+    def compiled(*, fn, is_manual_warmup, **_):
+        found.append((fn.name, is_manual_warmup))
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", compiled)
+    x = Case(decay, delta, T=T, H=1, K=48, V=80).draw("cuda")
+    leaves = {n: t.requires_grad_() for n, t in x.items() if t is not None}
+    recurrence(**leaves, backend="triton")[0].sum().backward()
+    assert len(found) >= 4
+    assert all(ahead for _, ahead in found), found
+
+
 def test_compiles_to_one_graph_and_exports():
     x = Case("head", True, T=128).draw("cuda")
     names = ("q", "k", "v", "decay", "beta")
@@ -100,7 +121,9 @@ def test_compiles_to_one_graph_and_exports():
 
     layer, args = Layer(), tuple(x[n] for n in names)
     want = layer(*args)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(*args), want)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo detected a call to a `functools.lru_cache")
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(*args), want)
     torch.testing.assert_close(torch.export.export(layer, args).module()(*args), want)
 
 

@@ -14,8 +14,7 @@ WIDEST = 256
 
 
 @cache
-def _machine() -> str:
-    """Why this machine runs no kernel, or ""."""
+def _examined() -> str:
     if find_spec("triton") is None:
         return "Triton is not installed"
     if torch.version.cuda and torch.cuda.get_device_capability()[0] < 8:
@@ -23,8 +22,13 @@ def _machine() -> str:
     return ""
 
 
-# While compiling, the answer is taken as it is (see backend.py).
-_machine.__wrapped__._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _machine() -> str:
+    """Why this machine runs no kernel, or ""."""
+    return _examined()
+
+
+# While compiling, the answer is taken as it is (see backend.py); a cached function would be traced.
+_machine._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def verify(request: Request) -> tuple[bool, str]:

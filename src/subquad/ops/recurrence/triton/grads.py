@@ -16,11 +16,11 @@ or loses the operand times its gradient; summed from the back of the chunk it is
 import triton
 import triton.language as tl
 
+from subquad.ops.recurrence.triton.compiling import Kernel
 from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
     NONE,
-    SIZES,
     block,
     fade,
     gates,
@@ -65,7 +65,7 @@ def _exact(
     return dq, dk, z
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def score_grads(
     V_, G_, BETA, DO, D_, F_, GS, TABLE, DA, Y, DV, DB,
     scale, T, H, HV, HD, HB,
@@ -112,7 +112,7 @@ def score_grads(
             tl.store(DB + first * H + h + n * H, db, mask=n < left)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def grads(
     Q, K_, V_, G_, BETA, DO, D_, F_, HS, DHS, DA, Y, GS, FLAG, TABLE, DQ, DK, DG, DB,
     scale, T, H, HQ, HK, HV, HD, HB,

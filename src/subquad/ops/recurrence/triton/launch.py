@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
-from subquad.ops.recurrence.triton import configs
+from subquad.ops.recurrence.triton import compiling, configs
 from subquad.ops.recurrence.triton.grads import grads, score_grads
 from subquad.ops.recurrence.triton.prepare import prepare
 from subquad.ops.recurrence.triton.scan import combine, scan, scan_back
@@ -82,6 +82,14 @@ class Plan:
         """Whether the passes compute the scores themselves: short sequences in one launch."""
         short = self.T <= SHORT or self.decay == "none"
         return short and self.decay != "channel" and not self.delta
+
+    @cached_property
+    def form(self) -> tuple:
+        """What decides which kernels a call compiles, beside the inputs that are None."""
+        return (
+            self.K, self.V, self.decay, self.delta, self.dtype, self.device, self.table is None,
+            self.split, self.fuse,
+        )  # fmt: skip
 
     @property
     def precision(self) -> str:
@@ -242,11 +250,21 @@ def run_combine(p: Plan, local, local_rows, link, link_rows, link_row, init, out
 
 
 def forward(
-    q, k, v, decay, beta, state, cu, *, scale: float
+    q, k, v, decay, beta, state, cu, *, scale: float, trains: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """o, the final state, and for the backward pass of a split sequence the states before its
-    segments and their transitions (empty where nothing is split)."""
+    segments and their transitions (empty where nothing is split). ``trains`` says that the backward
+    pass will come, and only matters to what the first call compiles."""
     p = plan(q, k, v, decay, beta, cu)
+    if not compiling.met((p.form, state is None, trains)):
+        inputs = (q, k, v, decay, beta, state, cu)
+
+        def rehearsal() -> None:
+            o, _, *kept = forward(*inputs, scale=scale)
+            if trains:
+                backward(o, None, *inputs, *kept, scale=scale)
+
+        compiling.rehearse(rehearsal)
     sizes = counts(p, q, k, v, decay, beta)
     o = v.new_empty(p.B, p.T, p.H, p.V)
     final = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
@@ -284,6 +302,9 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, decay, beta (float32, or None) and state, each with all H heads."""
     p = plan(q, k, v, decay, beta, cu)
+    if not compiling.met((p.form, state is None, dfinal is None, "backward")):
+        inputs = (do, dfinal, q, k, v, decay, beta, state, cu, starts, link)
+        compiling.rehearse(lambda: backward(*inputs, scale=scale))
     sizes = counts(p, q, k, v, decay, beta)
     ready = prepared(p, q, k, decay, beta, scale, sizes, back=True)
     # The states before every chunk are computed again: storing them costs more than the pass.

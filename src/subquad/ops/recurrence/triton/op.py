@@ -35,7 +35,7 @@ def recurrence(
     )
     if form == "recurrent" or (form == "auto" and q.shape[1] == 1 and not trains):
         return _steps(*args)
-    o, final, _, _ = _forward(*args)
+    o, final, _, _ = _forward(*args, trains)
     return o, final
 
 
@@ -67,8 +67,11 @@ def _forward(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    trains: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch.forward(*_dense(q, k, v, decay, beta, state, cu_seqlens), scale=scale)
+    return launch.forward(
+        *_dense(q, k, v, decay, beta, state, cu_seqlens), scale=scale, trains=trains
+    )
 
 
 @torch.library.custom_op("subquad::recurrence_backward", mutates_args=())
@@ -120,7 +123,7 @@ def _(q, k, v, decay, beta, state, cu_seqlens, scale):
 
 
 @_forward.register_fake
-def _(q, k, v, decay, beta, state, cu_seqlens, scale):
+def _(q, k, v, decay, beta, state, cu_seqlens, scale, trains=False):
     p = launch.plan(q, k, v, decay, beta, cu_seqlens, tables=False)
     return *_ends(q, k, v, decay, beta, cu_seqlens), *launch.carried(p, v)
 
@@ -137,7 +140,7 @@ def _(do, dfinal, q, k, v, decay, beta, state, cu_seqlens, starts, link, scale):
 
 
 def _setup(ctx, inputs, output) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, _ = inputs
     ctx.given = [t is not None for t in tensors[:6]]
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)
@@ -151,7 +154,7 @@ def _derive(ctx, do, dfinal, *_):
         do = v.new_zeros(v.shape[0], v.shape[1], _heads(*tensors[:5]), v.shape[3])
     out = _backward(do, dfinal, *tensors, starts, link, ctx.scale)
     grads = [g if given else None for g, given in zip(out, ctx.given, strict=True)]
-    return *grads, None, None
+    return *grads, None, None, None
 
 
 _forward.register_autograd(_derive, setup_context=_setup)

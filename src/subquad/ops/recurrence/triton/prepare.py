@@ -19,10 +19,10 @@ no exponent is positive.
 import triton
 import triton.language as tl
 
+from subquad.ops.recurrence.triton.compiling import Kernel
 from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
-    SIZES,
     block,
     fade,
     halves,
@@ -59,7 +59,7 @@ def _exact_scores(
     return qk, kk
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def prepare(
     Q, K_, G_, BETA, TABLE, FLAG, SCRATCH, A, M, P, W, QG, KG, GS,
     scale, T, H, HQ, HK, HD, HB,

@@ -1,12 +1,12 @@
 """Token by token, the state in registers: decoding, and the recurrent form."""
 
-import triton
 import triton.language as tl
 
-from subquad.ops.recurrence.triton.parts import CHANNEL, HEAD, SIZES, segment
+from subquad.ops.recurrence.triton.compiling import Kernel
+from subquad.ops.recurrence.triton.parts import CHANNEL, HEAD, segment
 
 
-@triton.jit(do_not_specialize=SIZES)
+@Kernel
 def step(
     Q, K_, V_, G_, BETA, INIT, TABLE, O, FINAL,
     scale, T, H, HQ, HK, HV, HD, HB,
