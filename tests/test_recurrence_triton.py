@@ -46,6 +46,44 @@ def test_the_choice_is_traced_without_warnings():
         torch.compile(chosen, backend="eager", fullgraph=True)(torch.zeros(2))
 
 
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+@pytest.mark.parametrize(("T", "segment"), [(100, 128), (6000, 2048)])
+def test_a_rehearsal_meets_every_kernel(decay, T, segment, monkeypatch):
+    """Without a GPU: the compiler is asked for a Hopper's kernels, and gives none to launch."""
+    if interpreted():
+        pytest.skip("nothing is compiled")
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from subquad.ops.recurrence.triton import compiling, launch
+
+    class Hopper:
+        get_current_device = get_current_stream = staticmethod(lambda *_: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+    ahead, launched = set(), set()
+
+    def asked(*, key, is_manual_warmup, **_):
+        (ahead if is_manual_warmup else launched).add(key)
+        return True
+
+    monkeypatch.setattr(compiling, "_met", set())
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", asked)
+    monkeypatch.setattr(launch, "segment_length", lambda *_: segment)
+    for delta in (False, True):
+        x = Case(decay, delta, T=T, H=1, K=16, V=16).draw("cpu")
+        o, _, *kept = launch.forward(**_named(x), scale=1.0, trains=True)
+        assert launched
+        assert launched < ahead
+        launch.backward(o, None, **_named(x), starts=kept[0], link=kept[1], scale=1.0)
+        assert launched == ahead
+
+
+def _named(x):
+    return {**{n: t for n, t in x.items() if n != "cu_seqlens"}, "cu": x["cu_seqlens"]}
+
+
 CASES = {
     "plain, one launch": (Case("head", False, T=70, H=1, K=16, V=16, dtype=F32), None, 4096),
     "no decay, delta, unequal": (
