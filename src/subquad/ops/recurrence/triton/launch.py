@@ -208,10 +208,10 @@ def prepared(p: Plan, q, k, decay, beta, scale: float, sizes: dict, back: bool) 
     for strong in (False, True) if channel else (False,):
         prepare[chunks](
             q, k, decay, beta, p.chunk_table, flag, scratch,
-            out.A, out.M, out.P, out.W, out.QG, out.KG, out.GS, scale, p.T,
+            out.A, out.M, out.P if back else out.M, out.W, out.QG, out.KG, out.GS, scale, p.T, back,
             **pick(sizes, "H", "HQ", "HK", "HD", "HB"),
             K=p.K, C=C, DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.table is not None,
-            STRONG=strong, BACK=back, LIMIT=LIMITS[p.dtype], EXACT=p.dtype == torch.float32,
+            STRONG=strong, LIMIT=LIMITS[p.dtype], EXACT=p.dtype == torch.float32,
             PRECISION=p.precision, **p.config("prepare"),
         )  # fmt: skip
     return out

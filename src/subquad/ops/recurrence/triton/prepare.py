@@ -62,12 +62,12 @@ def _exact_scores(
 @Kernel
 def prepare(
     Q, K_, G_, BETA, TABLE, FLAG, SCRATCH, A, M, P, W, QG, KG, GS,
-    scale, T, H, HQ, HK, HD, HB,
+    scale, T, back, H, HQ, HK, HD, HB,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, STRONG: tl.constexpr,
-    BACK: tl.constexpr, LIMIT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    LIMIT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BACK also writes P."""
+    """``back`` also writes P (no constant: both passes share the compiled kernel)."""
     index = tl.program_id(0)
     h = tl.program_id(1)
     first, end, _, _, _, chunk = segment(TABLE, index, T, C, C, PACKED)
@@ -141,7 +141,7 @@ def prepare(
             beta = numbers(BETA, first, left, HB, h * HB // H, C)
             scratch = SCRATCH + at * (C * 16)
             inv = inverse(tl.where(i > j, kk * beta[:, None], 0.0), scratch, C, EXACT)
-            if BACK:
+            if back:
                 put_block(P, inv, chunk, H, h, 0, C, C, C)
             inv *= beta[None, :]
             put_block(M, inv, chunk, H, h, 0, C, C, C)
