@@ -53,13 +53,13 @@ def met(kind: Hashable) -> bool:
     return interpreted()
 
 
-def rehearse(run: Callable[[], None]) -> None:
+def rehearse(run: Callable[[], object]) -> None:
     """Compile every kernel that ``run`` launches, and launch none."""
     # In a context of its own: AsyncCompileMode stays in it where a compilation fails (Triton 3.6).
     copy_context().run(_rehearse, run)
 
 
-def _rehearse(run: Callable[[], None]) -> None:
+def _rehearse(run: Callable[[], object]) -> None:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, AsyncCompileMode(threads):
         _rehearsal.on = True
         try:
