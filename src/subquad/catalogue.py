@@ -356,7 +356,7 @@ _CARDS = (
         family="memory",
         kind="mixer",
         home="subquad.mixers.titans:Titans",
-        evidence=("facts", "golden"),
+        evidence=("facts", "golden", "claim"),
     ),
     System(
         key="neighborhood",
