@@ -34,6 +34,16 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "claims_diffusion.json"
 EVIDENCE = ROOT / "docs" / "evidence.md"
 SIZE, BLOCK = 32, 16  # 1,024 tokens, 64 blocks
+CELLS = (
+    "softmax",
+    "sla, swapped",
+    "sla, tuned",
+    "sparse only, tuned",
+    "linear only, tuned",
+    "softmax, tuned",
+    "sla main, tuned",
+    "linear only, swapped",
+)
 Row = dict[str, Any]
 
 
@@ -262,9 +272,10 @@ def page(found: Row) -> None:
         made, rows = found["made"]["images"], found[name]
         ref, tuned = rows["reference"], rows["sla, tuned"]
         lines += [
-            f"`python benchmarks/claims_diffusion.py --part images --topk {name.split()[-1]}` on "
-            f"{made['device']}, torch {made['torch']}, {made['date']}. A DiT of {ref['depth']} "
-            f"blocks, {SIZE}x{SIZE} digits, one token a pixel, blocks of {BLOCK}: "
+            f"`python benchmarks/claims_diffusion.py --part images --topk {name.split()[-1]} "
+            f"--steps {rows['softmax']['steps']} --tune {tuned['steps']} --count "
+            f"{ref['samples']}` on {made['device']}, torch {made['torch']}, {made['date']}. A DiT "
+            f"of {ref['depth']} blocks, {SIZE}x{SIZE} digits, a token a pixel, blocks of {BLOCK}: "
             f"{rows['softmax']['steps']} steps with softmax, then every variant {tuned['steps']} "
             "more from those weights, equal batches and rates. From the softmax of SLA "
             f"{1 - tuned['kept']:.1%} of the pairs are gone. Loss: held-out flow matching, fixed "
@@ -280,12 +291,27 @@ def page(found: Row) -> None:
             if entry != "reference":
                 cells = f"{row['loss']:.4f} | {row['frechet']:.2f} | {row['accuracy']:.3f}"
                 lines.append(f"| {entry} | {cells} |")
-        lines.append("")
+        lines += [
+            "",
+            "Samples of softmax and, from the same noise, of SLA after tuning:",
+            "",
+            "![softmax](figures/diffusion_softmax.png) ![SLA](figures/diffusion_sla.png)",
+            "",
+        ]
+        missing = [entry for entry in CELLS if entry not in rows]
+        if missing:
+            lines += [
+                f"Not measured yet: {'; '.join(missing)}. So it is not known here what the same "
+                "further steps would do for softmax, nor what either branch keeps alone in a whole "
+                "model.",
+                "",
+            ]
     if "toy" in found:
         made, row = found["made"]["toy"], found["toy"]
         blocks = len(row["errors"]["both"])
         lines += [
-            f"`python benchmarks/claims_diffusion.py --part toy` on {made['device']}. Each layer's "
+            f"`python benchmarks/claims_diffusion.py --part toy --steps 350 --tune "
+            f"{row['steps']}` on {made['device']}. Each layer's "
             f"softmax attention in a trained DiT, learned in {row['steps']} steps by layers that "
             f"begin with its weights, {1 - row['kept']:.0%} of the pairs gone; relative squared "
             "error:",
