@@ -73,7 +73,7 @@ def linear_attention(
     here = current()
     if here is None:
         return _recurrence.linear_attention(q, k, v, **options)
-    summed = partial(total, here=here)
+    summed = partial(total, mesh=here)
     return _recurrence.linear_attention(q, k, v, recurrence=recurrence, total=summed, **options)
 
 

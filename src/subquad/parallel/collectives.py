@@ -5,12 +5,14 @@ Legend: W ranks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from subquad.parallel import wire
-from subquad.parallel.mesh import Split
+from subquad.parallel.mesh import Split, place
 
 
 class _Gather(torch.autograd.Function):
@@ -56,9 +58,14 @@ def _summed(x: Tensor, here: Split) -> Tensor:
     return out
 
 
-def total(x: Tensor, here: Split) -> Tensor:
-    """The sum of the ranks' tensors on every rank, and of their gradients."""
-    return _Total.apply(x, here)
+def total(x: Tensor, mesh: Any = None) -> Tensor:
+    """The sum of the ranks' tensors on every rank, and of their gradients.
+
+    Args:
+        x: of the same shape on every rank.
+        mesh: one-dimensional mesh or process group; the one that is set where None.
+    """
+    return _Total.apply(x, place(mesh))
 
 
 class _Exchange(torch.autograd.Function):
