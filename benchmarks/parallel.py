@@ -9,7 +9,8 @@
    GPU and on two: tokens/s, peak memory of a rank, and what a rank sends, operation by operation,
    beside the formulas of the systems.
 
-Writes `benchmarks/results/parallel.json` (or --out) after every line. A collective that waits for
+Writes `benchmarks/results/parallel.json` (or --out) after every line, and --page the tables of
+docs/performance.md from it. A collective that waits for
 90 seconds ends the run, and shows where. NVLS stays off. Without GPUs the gate of the operations
 runs, over gloo.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import json
 import os
 import sys
 import time
@@ -33,7 +35,7 @@ import torch
 import torch.distributed as dist
 
 from subquad import mask, parallel
-from subquad.bench.results import machine, write_json
+from subquad.bench.results import machine, write_json, write_section
 from subquad.models.causal_lm import CausalLM, CausalLMConfig
 from subquad.ops.attention import attention
 from subquad.ops.recurrence import recurrence
@@ -59,7 +61,9 @@ MODELS = {
     "hybrid 3:1, lasp2 and gather": ("gated_deltanet*3 softmax", {"attention": "gather"}),
 }
 DIM, DEPTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 4, 8, 2, 128, 8192
-RESULTS = Path(__file__).parent / "results" / "parallel.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "parallel.json"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 WAIT = 90  # seconds that a collective may take
 
 
@@ -288,13 +292,61 @@ def formulas(layers: str, kinds, T: int, W: int = 2) -> dict[str, int]:
     return out
 
 
+def page(results: dict) -> None:
+    """The section of docs/performance.md."""
+    made, gate, rows = results["made"], results["gate"], results["rows"]
+    models = [row for row in gate if row["case"].startswith("model ")]
+    lines = [
+        f"`{results['command']}` on two {made['device']}, torch {made['torch']}, {made['date']}.",
+        "",
+        f"First the gate: {len(gate) - len(models)} operations on two GPUs, with their gradients "
+        "and states, are as near to one GPU's float64 as the same operation on one GPU is, and "
+        f"{len(models)} models find the loss and, within {max(r['gradient'] for r in models):.1%}, "
+        "the gradient of one GPU in bfloat16 "
+        f"({'all pass' if all(r['ok'] for r in gate) else 'NOT ALL PASS'}).",
+        "",
+        f"Forward and backward of a CausalLM ({DEPTH} checkpointed layers of width {DIM}, {HEADS} "
+        f"heads of {HEAD_DIM}, {KV_HEADS} of keys in softmax, bfloat16) and the sum of its "
+        f"gradients, one text of {results['tokens']:,} tokens; the median of three steps:",
+        "",
+        "| layers | GPUs | tokens/s | of one GPU's | peak GiB of a GPU |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    one: dict[str, float] = {}
+    for row in rows:
+        one.setdefault(row["model"], row["tokens_per_second"])
+        times = row["tokens_per_second"] / one[row["model"]]
+        lines.append(
+            f"| {row['model']} | {row['gpus']} | {row['tokens_per_second']:,.0f} | {times:.2f} | "
+            f"{row['peak_gib']:.1f} |"
+        )
+    lines += [
+        "",
+        "What a rank sends in such a step (layers run forward twice, for they are checkpointed), "
+        "counted on the wire, beside the formulas of the systems:",
+        "",
+        "| layers | operation | MiB sent | MiB by formula |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for row in rows:
+        for op, sent in row["sent"].items():
+            formula = row["formula"].get(op)
+            known = "" if formula is None else f"{formula / 2**20:,.1f}"
+            lines.append(f"| {row['model']} | {op} | {sent / 2**20:,.1f} | {known} |")
+    write_section(PERFORMANCE, "parallel", "One sequence on two GPUs", "\n".join([*lines, ""]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--seconds", type=float, default=240.0, help="start nothing new after")
     parser.add_argument("--quick", action="store_true", help="a short gate, in bfloat16 alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", action="store_true", help="only write docs/performance.md")
     options = parser.parse_args()
+    if options.page:
+        page(json.loads(options.out.read_text()))
+        return 0
     began = time.monotonic()
     rank = int(os.environ["LOCAL_RANK"])
     gpu = torch.cuda.is_available()
@@ -306,8 +358,9 @@ def main() -> int:
         device_id=device if gpu else None,
         timeout=timedelta(seconds=WAIT),
     )
+    command = "torchrun --nproc-per-node 2 benchmarks/parallel.py"
     results = {
-        "command": " ".join(["torchrun --nproc-per-node 2 benchmarks/parallel.py", *sys.argv[1:]]),
+        "command": command + " --quick" * options.quick,
         "made": machine(), "tokens": options.tokens, "gate": [], "rows": [],
     }  # fmt: skip
 

@@ -119,7 +119,7 @@ def times(device: str) -> Cells:
 
 def timing(entry: str, side: int, device: str) -> Row:
     """Milliseconds an image of a forward pass, and of a training step: on a GPU in bfloat16, the
-    median of ten batches after three that do not count, all of as many tokens, so that launching
+    median of seven batches after two that do not count, all of as many tokens, so that launching
     kernels is not what is timed; on a CPU the best of three images after one."""
     model = build(entry, side, device, dims=[192], heads=[6], depths=[4], mlp_ratio=4.0)
     batch = BATCH // side**2 if device == "cuda" else 1
@@ -196,7 +196,7 @@ def reading(normalizer: str | None, phi: Callable[[Tensor], Tensor], K: int = 16
 
 def seconds(run: Callable[[], None], device: str) -> float:
     cuda, found = device == "cuda", []
-    unseen, seen = (3, 10) if cuda else (1, 3)
+    unseen, seen = (2, 7) if cuda else (1, 3)
     for i in range(unseen + seen):
         if cuda:
             torch.cuda.synchronize()
