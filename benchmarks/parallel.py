@@ -228,7 +228,6 @@ def timed(layers, kinds, T, split: bool, device, repeats: int = 3) -> dict:
         "tokens_per_second": T / best,
         "peak_gib": peak / 2**30,
         "sent": sent,
-        "formula": formulas(layers, kinds, T) if split else {},
     }
 
 
@@ -280,7 +279,10 @@ def formulas(layers: str, kinds, T: int, W: int = 2) -> dict[str, int]:
     kind = kinds.get("attention")
     if softmax and kind == "ring":  # gradients of keys and values travel in float32, W hops
         back = keys * 2 + keys * W // (W - 1) * 4
+        moved = C // W * 2 * (HEADS + KV_HEADS) * HEAD_DIM * 2  # q, k, v and o, to zigzag and back
         out |= {
+            "ring": 2 * softmax * moved,
+            "ring (backward)": softmax * moved,
             "ring_attention": 2 * softmax * keys * 2,
             "ring_attention (backward)": softmax * back,
         }
@@ -296,6 +298,13 @@ def page(results: dict) -> None:
     """The section of docs/performance.md."""
     made, gate, rows = results["made"], results["gate"], results["rows"]
     models = [row for row in gate if row["case"].startswith("model ")]
+
+    def formula(row: dict) -> dict[str, int]:
+        return formulas(*MODELS[row["model"]], results["tokens"])
+
+    def rest(row: dict) -> float:
+        return sum(n for op, n in row["sent"].items() if op not in formula(row)) / 2**20
+
     lines = [
         f"`{results['command']}` on two {made['device']}, torch {made['torch']}, {made['date']}.",
         "",
@@ -323,16 +332,16 @@ def page(results: dict) -> None:
     lines += [
         "",
         "What a rank sends in such a step (layers run forward twice, for they are checkpointed), "
-        "counted on the wire, beside the formulas of the systems:",
+        "counted on the wire, beside the formulas of the systems; labels and short convolutions, "
+        f"which have none, send {max(rest(row) for row in rows):.2f} MiB at most:",
         "",
         "| layers | operation | MiB sent | MiB by formula |",
         "| --- | --- | ---: | ---: |",
     ]
     for row in rows:
-        for op, sent in row["sent"].items():
-            formula = row["formula"].get(op)
-            known = "" if formula is None else f"{formula / 2**20:,.1f}"
-            lines.append(f"| {row['model']} | {op} | {sent / 2**20:,.1f} | {known} |")
+        for op, by_formula in formula(row).items() if row["sent"] else ():
+            sent = row["sent"].get(op, 0) / 2**20
+            lines.append(f"| {row['model']} | {op} | {sent:,.1f} | {by_formula / 2**20:,.1f} |")
     write_section(PERFORMANCE, "parallel", "One sequence on two GPUs", "\n".join([*lines, ""]))
 
 
@@ -410,8 +419,9 @@ def main() -> int:
             dist.all_reduce(peak, dist.ReduceOp.MAX)
             row = {"model": name, **row, "peak_gib": float(peak)}
             results["rows"].append(row)
+            known = formulas(layers, kinds, options.tokens)
             sent = ", ".join(
-                f"{op} {n / 2**20:.1f}/{row['formula'].get(op, 0) / 2**20:.1f}"
+                f"{op} {n / 2**20:.1f}/{known.get(op, 0) / 2**20:.1f}"
                 for op, n in row["sent"].items()
             )
             say(f"{name:28s} {row['gpus']:4d} {row['tokens_per_second']:10.0f} "

@@ -258,7 +258,8 @@ def page(found: dict[str, Any]) -> None:
             ]
     if found["accuracy"] and found["time"]:
         draw(found)
-        lines += ["![Time and accuracy over the tokens](figures/vision.svg)", ""]
+        words = "Time beside softmax with the crossings, and accuracy, over the tokens"
+        lines += [f"![{words}](figures/vision.svg)", ""]
     write_section(EVIDENCE, "vision", "Vision mixers over the resolution", "\n".join(lines))
 
 
@@ -326,7 +327,7 @@ def reading_words(rows: dict[str, Row]) -> list[str]:
 
 
 def draw(found: dict[str, Any]) -> None:
-    """Time over the tokens with the crossings marked, accuracy below."""
+    """Time over that of softmax, with the crossings marked, and accuracy, over the tokens."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -340,16 +341,23 @@ def draw(found: dict[str, Any]) -> None:
         for i, entry in enumerate(ENTRIES):
             tokens = [s * s for s in sides]
             values = [rows[f"{entry} | {s}"][what] for s in sides]
+            if what != "accuracy":
+                base = [rows[f"{BASELINE} | {s}"][what] for s in sides]
+                values = [value / one for value, one in zip(values, base, strict=True)]
             style = {"color": f"C{i}", "marker": ".", "lw": 2.5 if entry == BASELINE else 1.2}
             axis.plot(tokens, values, label=entry, **style)
             at = None if what == "accuracy" else crossing(rows, entry, what)
             if at and entry != BASELINE:
-                axis.axvline(at, color=f"C{i}", ls=":", lw=1)
+                axis.plot([at], [1], color=f"C{i}", marker="o", ms=8, mfc="none")
         axis.set(xscale="log", xlabel="tokens", title=what)
-        axis.set_xticks([s * s for s in sides], [f"{s}²" for s in sides], minor=False)
+        marked = [s for s in sides if s != 56]  # too near 64 for a label
+        axis.set_xticks([s * s for s in marked], [f"{s}²" for s in marked], minor=False)
         axis.set_xticks([], minor=True)
         if what != "accuracy":
-            axis.set(yscale="log", ylabel="ms an image")
+            axis.set(yscale="log", ylabel="time, softmax = 1")
+            ticks = [0.5, 1, 2, 3]
+            axis.set_yticks(ticks, [str(t) for t in ticks], minor=False)
+            axis.set_yticks([], minor=True)
     axes[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     FIGURE.parent.mkdir(exist_ok=True)
