@@ -274,6 +274,7 @@ def time_flex(problem: Problem) -> tuple[float, float] | None:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     q, k, v = (x.detach().transpose(1, 2).contiguous().requires_grad_() for x in problem.inputs())
+    torch._dynamo.reset()  # or, a few cases on, it would run uncompiled
     run = torch.compile(flex_attention)
     T = problem.T
     block_mask = create_block_mask(problem.flex, None, None, T, T, device="cuda", _compile=True)
@@ -422,6 +423,8 @@ def main() -> None:
         for name in names:
             rows.append(measure(name, rate, copy))
             print(table(rows[-1:]).split("\n", len(rows) == 1)[-1], flush=True)
+            if options.out:
+                options.out.write_text(json.dumps({"device": device, **setting, "rows": rows}))
         print(table(rows))
     RESULTS.mkdir(exist_ok=True)
     path = (

@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,12 +22,12 @@ import torch
 
 from subquad import mask
 from subquad.ops.attention import attention
-from subquad.ops.attention.triton import configs
+from subquad.ops.attention.triton import configs, op
 
+PORTABLE = ("forward", "grad_q", "grad_kv")
 KERNELS = {
-    "forward": "attention_forward",
-    "grad_q": "attention_grad_q",
-    "grad_kv": "attention_grad_kv",
+    **{k: f"attention_{k}" for k in PORTABLE},
+    **{f"hopper_{k}": f"hopper_{k}" for k in PORTABLE},
 }
 
 
@@ -61,6 +62,14 @@ class Shape:
         return (q, k, v), mask.causal() & mask.window(min(1023, T // 3))
 
 
+HOPPER = {  # (step, stages), with a program to a tile and with one to a multiprocessor
+    ("hopper_forward", 64): [(128, 3), (128, 4), (64, 4)],
+    ("hopper_forward", 128): [(128, 2), (64, 3)],
+    ("hopper_grad_q", 64): [(128, 2), (128, 3), (64, 4)],
+    ("hopper_grad_q", 128): [(128, 2), (64, 3), (64, 4)],
+    ("hopper_grad_kv", 64): [(64, 3), (64, 4)],
+    ("hopper_grad_kv", 128): [(64, 2), (64, 3)],
+}
 # Those that fit the registers by the compiler's report: (step, warps, stages), and what else the
 # kernel takes.
 CANDIDATES = {
@@ -96,8 +105,27 @@ CANDIDATES = {
 
 
 def candidates(kernel: str, shape: Shape) -> Iterator[dict[str, int]]:
+    if kernel.startswith("hopper_"):
+        if shape.rows == 128 and shape.itemsize == 2:
+            for step, stages in HOPPER[kernel, shape.D]:
+                for loop in (0, 1):
+                    yield {"step": step, "num_stages": stages, "loop": loop}
+        return
     for step, warps, stages, *more in CANDIDATES[kernel, shape.rows]:
         yield {**dict(more), "step": step, "num_warps": warps, "num_stages": stages}
+
+
+@contextmanager
+def only(kernel: str, config: dict[str, int]) -> Iterator[None]:
+    """With this configuration of this kernel; of those for Hopper with no other."""
+    before = set(op.HOPPER)
+    op.HOPPER.clear()
+    op.HOPPER.update({kernel.removeprefix("hopper_")} - {kernel})
+    try:
+        with configs.forced({kernel: config}):
+            yield
+    finally:
+        op.HOPPER.update(before)
 
 
 def run(tensors, m):
@@ -113,7 +141,7 @@ def check(job) -> str:
         torch.manual_seed(0)
         T = 576 if shape.rows == 64 else 640
         tensors, m = shape.problem(T, 2 if shape.rows > 16 else 16)
-        with configs.forced({kernel: config}):
+        with only(kernel, config):
             got = run(tensors, m)
         exact = [x.detach().double().requires_grad_() for x in tensors]
         o, lse = attention(*exact, m, return_lse=True, backend="reference")
@@ -162,7 +190,7 @@ def main() -> None:
                 if why:
                     print(f"{shape} {kernel} {config}: {why}")
                     continue
-                with configs.forced({kernel: config}):
+                with only(kernel, config):
                     found = kernel_times(tensors, m)
                 times.append((found[name], config))
             times.sort(key=lambda x: x[0])
@@ -181,7 +209,7 @@ def write(path: Path, rows: list[dict]) -> None:
     """Put the rows in the table of the package, in place of those of the same shapes."""
 
     def key(row: dict) -> tuple:
-        order = ("forward", "grad_q", "grad_kv", "scatter_kv").index(row["kernel"])
+        order = (*PORTABLE, "scatter_kv", *KERNELS).index(row["kernel"])
         return order, row["itemsize"], row["rows"], row["width"]
 
     merged = {key(row): row for row in [*configs.table(), *rows]}

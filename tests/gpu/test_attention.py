@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from subquad import mask
+from subquad.mask.algebra import Band
 from subquad.ops.attention import attention
 from subquad.ops.select import block_mass, window_mass
 
@@ -23,7 +24,7 @@ pytestmark = [
 LONG = 300 if CUDA else 100
 TOKENS = 200 if CUDA else 12
 DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def rising(count, shape):
@@ -189,6 +190,65 @@ def test_head_dims(width, dtype):
     check(mask.blocks(index, 64) & mask.causal(), dtype, K=width, V=width, H=4, G=2)
     index = listed(rising(5, (2, LONG, 3)))
     check(mask.blocks(index, 64, 1) & mask.causal(), dtype, K=width, V=width, H=8, G=2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "S", "offset"),
+    [(0, None, 100, 0), (None, 3, 150, 20), (-70, -66, 100, 0), (5, 64, 70, 30), (90, 200, 40, 50)],
+)
+def test_bands(low, high, S, offset):
+    for dtype in DTYPES:
+        check(Band(low, high), dtype, T=100, S=S, offset=offset)
+
+
+def halves(T):
+    """Documents that end off every tile."""
+    return torch.arange(T) // 301
+
+
+WHOLE_TILES = {
+    "window": (lambda T: mask.causal() & mask.window(300), {"T": 2085}),
+    "wide window, packed heads": (lambda T: mask.window(700, 90), {"T": 5000, "H": 6, "G": 2}),
+    "causal": (lambda T: mask.causal(), {"T": 1000}),
+    "causal, batch": (lambda T: mask.causal(), {"T": 512, "B": 2, "H": 4, "G": 2}),
+    "full": (lambda T: mask.full(), {"T": 300, "S": 777}),
+    "later queries": (lambda T: mask.causal(), {"T": 300, "S": 901}),
+    "queries before all keys": (lambda T: mask.causal(), {"T": 901, "S": 300}),
+    "blocks": (
+        lambda T: mask.blocks(listed(rising(-(-T // 128), (-(-T // 128), 5))), 128) & mask.causal(),
+        {"T": 2000},
+    ),
+    "blocks of a head, none causal": (
+        lambda T: mask.blocks(listed(rising(T // 128, (1, 4, T // 128, 5))), 128),
+        {"T": 1024, "H": 4, "G": 2, "B": 2},
+    ),
+    "documents": (lambda T: mask.documents(halves(T)) & mask.causal(), {"T": 1280, "B": 2}),
+    "sinks": (lambda T: mask.causal() & (mask.window(400) | mask.sinks(4)), {"T": 1500}),
+    "holes": (lambda T: mask.causal() & ~mask.window(9, 3), {"T": 700}),
+}
+
+
+@pytest.mark.skipif(not CUDA, reason="a GPU's own kernels")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", WHOLE_TILES)
+def test_whole_tiles(name, width, dtype):
+    make, shape = WHOLE_TILES[name]
+    check(make(shape["T"]), dtype, K=width, V=width, **shape)
+
+
+@pytest.mark.skipif(not CUDA, reason="a GPU's own kernels")
+def test_whole_tiles_are_the_same_twice():
+    torch.manual_seed(0)
+    shape = 1, 3000, 4, 128
+    q, k, v = (torch.randn(shape, device=DEVICE).bfloat16().requires_grad_() for _ in range(3))
+    m = mask.causal() & mask.window(500)
+    found = []
+    for _ in range(5):
+        o = attention(q, k, v, m, backend="triton")
+        found.append((o, *torch.autograd.grad(o, (q, k, v), torch.ones_like(o) * 0.1)))
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

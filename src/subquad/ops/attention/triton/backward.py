@@ -11,51 +11,64 @@ import triton
 import triton.language as tl
 
 from subquad.ops.attention.triton.walk import (
+    BAND,
+    band_of,
+    band_runs,
     block_of,
     kept,
     keys,
+    listed_runs,
+    padded,
     plane_of,
     queries,
     rows_of,
+    start_of,
     steps,
 )
 
 # Compiled once for all of their values.
-SIZES = ["T", "S", "offset", "first", "shift", "rows", "blocks", "H", "G", "NB", "NH"]
+SIZES = [
+    "T", "S", "offset", "first", "shift", "rows", "blocks", "H", "G", "NB", "NH", "low", "high",
+]  # fmt: skip
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["rows", "T", "H"])
+@triton.jit(do_not_specialize=["T", "H"])
 def attention_delta(
-    O, DO, LSE, DLSE, DELTA, LSE2, rows, T, H, sot, soh, sob, sdt, sdh, sdb,
+    O, DO, LSE, DLSE, DELTA, LSE2, T, H, sot, soh, sob, sdt, sdh, sdb,
     V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """delta and lse in base 2, float32 ``[B,T,H]``; O and DO with any strides but the last."""
-    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    exists = r < rows
+    """delta and lse in base 2, float32 ``[B,H,padded(T)]``, from LSE and DLSE ``[B,T,H]``; O and DO
+    with any strides but the last. One program for BM tokens of a head."""
+    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    t = tl.program_id(0) * BM + tl.arange(0, BM)
+    exists = t < T
     v = tl.arange(0, BV)
     there = exists[:, None] & (v < V)[None, :]
-    b, t, h = r // (T * H), r // H % T, r % H
-    o = tl.load(O + (b * sob + t * sot + h * soh)[:, None] + v[None, :], mask=there, other=0.0)
-    do = tl.load(DO + (b * sdb + t * sdt + h * sdh)[:, None] + v[None, :], mask=there, other=0.0)
-    lse = tl.load(LSE + r, mask=exists, other=0.0)
-    dlse = tl.load(DLSE + r, mask=exists, other=0.0)
+    at = t.to(tl.int64)
+    o = tl.load(O + b * sob + h * soh + (at * sot)[:, None] + v[None, :], mask=there, other=0.0)
+    do = tl.load(DO + b * sdb + h * sdh + (at * sdt)[:, None] + v[None, :], mask=there, other=0.0)
+    lse = tl.load(LSE + (b * T + at) * H + h, mask=exists, other=float("-inf"))
+    dlse = tl.load(DLSE + (b * T + at) * H + h, mask=exists, other=0.0)
     seen = lse != float("-inf")
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) - tl.where(seen, dlse, 0.0)
-    tl.store(DELTA + r, delta, mask=exists)
-    tl.store(LSE2 + r, tl.where(seen, lse * LOG2E, float("inf")), mask=exists)
+    to = (b * H + h) * padded(T) + t
+    tl.store(DELTA + to, delta)
+    tl.store(LSE2 + to, tl.where(seen, lse * LOG2E, float("inf")))
 
 
 @triton.jit
 def _by_query(
-    dq, q, do, lse, delta, m_local, p, K_, V_, KT, VT, row, col_k, col_v, stride_k, stride_v,
-    ENTRY, PATTERN, TABLE, a, c, S, scale,
+    dq, q, do, lse, delta, m_local, p, begin, end, K_, V_, KT, VT, row, col_k, col_v,
+    stride_k, stride_v, ENTRY, PATTERN, TABLE, a, c, turn, skip, S, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BN: tl.constexpr,
     SIZE: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
     MASKED: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for i in range(steps(a, c, BN, SIZE)):
-        start, at, there, e, place = keys(ENTRY, i, a, c, BN, SIZE, UNIT)
+    start = start_of(ENTRY, 0, a, c, turn, skip, BN, SIZE, UNIT, KIND)
+    for i in range(steps(a, c, BN, SIZE, KIND)):
+        after = start_of(ENTRY, i + 1, a, c, turn, skip, BN, SIZE, UNIT, KIND)
+        at, there, e, place = keys(ENTRY, i, a, c, BN, SIZE, UNIT, KIND)
         key = start + at
         there = there & (key < S)
         first = tl.cast(start, tl.int64)
@@ -70,13 +83,17 @@ def _by_query(
             n_local = place + tl.arange(0, BN)
             keep = kept(
                 m_local[:, None], p[:, None], n_local[None, :], key[None, :], S,
-                PATTERN, TABLE, e, TILE, KIND,
+                key[None, :], begin[:, None], end[:, None], PATTERN, TABLE, e, place,
+                BN, TILE, KIND,
             )  # fmt: skip
-            s = tl.where(keep & there[None, :], s, float("-inf"))
+            if SIZE % BN != 0 and KIND != BAND:
+                keep = keep & there[None, :]
+            s = tl.where(keep, s, float("-inf"))
         w = tl.exp2(s)
         dw = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = w * (dw - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        start = after
     return dq
 
 
@@ -84,7 +101,7 @@ def _by_query(
 def attention_grad_q(
     Q, K_, V_, KT, VT, DO, LSE2, DELTA, DQ,
     LO, MID, HI, ENTRY, PATTERN, TABLE, CLO, CHI, CENTRY, PLANE,
-    scale, T, S, offset, first, shift, rows, H, G, NB, NH,
+    scale, T, S, offset, first, shift, rows, H, G, NB, NH, low, high,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BQ: tl.constexpr, HG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -104,39 +121,47 @@ def attention_grad_q(
     d_at = token.to(tl.int64) * sdt + head * sdh
     q = rows_of(Q + b.to(tl.int64) * sqb, q_at, exists, 1, K, BK, True)
     do = rows_of(DO + b.to(tl.int64) * sdb, d_at, exists, 1, V, BV, True)
-    at = (b.to(tl.int64) * T + token) * H + head
+    at = (b.to(tl.int64) * H + head) * padded(T) + token
     lse = tl.load(LSE2 + at, mask=exists, other=float("inf"))
     delta = tl.load(DELTA + at, mask=exists, other=0.0)
     g = h // (H // G)
     K_ += b.to(tl.int64) * skb + g * skh
     V_ += b.to(tl.int64) * svb + g * svh
-    own = plane_of(PLANE, b, h, H, NB, NH) * rows + (first + row) * BQ // PER_ROW
-    lo, mid, hi = tl.load(LO + own), tl.load(MID + own), tl.load(HI + own)
+    if KIND == BAND:
+        own = 0
+        x = (first + row) * BQ + offset
+        a, b_, c, d, turn, skip = band_runs(x, x + BQ - 1, low, high, S, 0, 1, BN)
+    else:
+        own = plane_of(PLANE, b, h, H, NB, NH) * rows + (first + row) * BQ // PER_ROW
+        a, b_, c, d, turn, skip = listed_runs(LO, MID, HI, own, 0, 1)
+    begin, end = band_of(p, low, high, S)
 
     dq = tl.zeros([BM, BK], tl.float32)
     log2_scale = scale * LOG2E
-    if SIZE % BN == 0:
+    if SIZE % BN == 0 or KIND == BAND:
         dq = _by_query(
-            dq, q, do, lse, delta, m_local, p, K_, V_, KT, VT, b * S, g * K, g * V, skt, svt,
-            ENTRY, PATTERN, TABLE, lo, mid, S, log2_scale,
+            dq, q, do, lse, delta, m_local, p, begin, end, K_, V_, KT, VT, b * S, g * K, g * V,
+            skt, svt, ENTRY, PATTERN, TABLE, a, b_, b_ - a, 0, S, log2_scale,
             K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, False, BULK, PRECISION,
         )  # fmt: skip
     else:
-        mid = lo
+        c = a
     dq = _by_query(
-        dq, q, do, lse, delta, m_local, p, K_, V_, KT, VT, b * S, g * K, g * V, skt, svt,
-        ENTRY, PATTERN, TABLE, mid, hi, S, log2_scale,
+        dq, q, do, lse, delta, m_local, p, begin, end, K_, V_, KT, VT, b * S, g * K, g * V,
+        skt, svt, ENTRY, PATTERN, TABLE, c, d, turn, skip, S, log2_scale,
         K, V, BK, BV, BN, SIZE, UNIT, SIZE, KIND, True, BULK, PRECISION,
     )  # fmt: skip
     if COLUMNS:
+        a, _, _, d, turn, skip = listed_runs(CLO, CLO, CHI, own, 0, 1)
         dq = _by_query(
-            dq, q, do, lse, delta, m_local, p, K_, V_, KT, VT, b * S, g * K, g * V, skt, svt,
-            CENTRY, PATTERN, TABLE, tl.load(CLO + own), tl.load(CHI + own), S, log2_scale,
+            dq, q, do, lse, delta, m_local, p, begin, end, K_, V_, KT, VT, b * S, g * K, g * V,
+            skt, svt, CENTRY, PATTERN, TABLE, a, d, turn, skip, S, log2_scale,
             K, V, BK, BV, BN, 1, 1, SIZE, KIND, True, False, PRECISION,
         )  # fmt: skip
+    to = (b.to(tl.int64) * T + token) * H + head
     d = tl.arange(0, BK)
     tl.store(
-        DQ + at[:, None] * K + d[None, :], (dq * scale).to(DQ.dtype.element_ty),
+        DQ + to[:, None] * K + d[None, :], (dq * scale).to(DQ.dtype.element_ty),
         mask=exists[:, None] & (d < K)[None, :],
     )  # fmt: skip
 
@@ -167,63 +192,68 @@ def _pairs(
 
 @triton.jit
 def _by_key(
-    dk, dv, k, v, key, n_local, Q, DO, QT, DOT, LSE2, DELTA, ROW, PATTERN, TABLE, a, c, b, h, shift,
-    T, S, H, sqt, sqh, sdt, sdh, offset, scale,
+    dk, dv, k, v, key, place, begin, end, Q, DO, QT, DOT, LSE2, DELTA, ROW, PATTERN, TABLE,
+    a, c, turn, skip, b, h, shift, T, S, sqt, sqh, sdt, sdh, offset, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
-    HG: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, KIND: tl.constexpr,
-    MASKED: tl.constexpr, BULK: tl.constexpr, UPRIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, HG: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr,
+    KIND: tl.constexpr, MASKED: tl.constexpr, BULK: tl.constexpr, UPRIGHT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The rows of queries listed in ``a..c`` added to dk and dv."""
+    """The rows of queries of the run ``a..c`` added to dk and dv."""
     EACH: tl.constexpr = PER_ROW * HG
     m = tl.arange(0, BM)
-    for i in range(tl.cdiv((c - a) * EACH, BM)):
-        if EACH % BM == 0:
+    n_local = place + tl.arange(0, BN)
+    start = start_of(ROW, 0, a, c, turn, skip, BM, EACH, EACH, KIND)
+    for i in range(steps(a, c, BM, EACH, KIND)):
+        after = start_of(ROW, i + 1, a, c, turn, skip, BM, EACH, EACH, KIND)
+        if EACH % BM == 0 or KIND == BAND:
             e = a + i // (EACH // BM)
-            row = tl.load(ROW + e)
-            inside = (i % (EACH // BM)) * BM + m
+            inside = start + m
             exists = m >= 0
-            first_row = b * T + row * PER_ROW + (i % (EACH // BM)) * BM - shift
         else:
-            first_row = 0
             e = a + (i * BM + m) // EACH
             exists = e < c
-            row = tl.load(ROW + e, mask=exists, other=0)
-            inside = (i * BM + m) % EACH
-        m_local = inside // HG
-        token = row * PER_ROW + m_local - shift
+            inside = tl.load(ROW + e, mask=exists, other=0) * EACH + (i * BM + m) % EACH
+        m_local = inside // HG % PER_ROW
+        token = inside // HG - shift
         exists = exists & (token >= 0) & (token < T)
         head = h + inside % HG
-        if UPRIGHT:
-            keep = exists[:, None] & (key < S)[None, :]
-            if MASKED:
-                keep = keep & kept(
-                    m_local[:, None], (token + offset)[:, None], n_local[None, :], key[None, :], S,
-                    PATTERN, TABLE, e, TILE, KIND,
-                )  # fmt: skip
-        else:
-            keep = exists[None, :] & (key < S)[:, None]
-            if MASKED:
-                keep = keep & kept(
-                    m_local[None, :], (token + offset)[None, :], n_local[:, None], key[:, None], S,
-                    PATTERN, TABLE, e, TILE, KIND,
-                )  # fmt: skip
-        q_at = token.to(tl.int64) * sqt + head * sqh
-        d_at = token.to(tl.int64) * sdt + head * sdh
-        at = token.to(tl.int64) * H + head
-        q = block_of(Q, QT, first_row, h * K, q_at, exists, 1, K, BK, True, BULK)
-        do = block_of(DO, DOT, first_row, h * V, d_at, exists, 1, V, BV, True, BULK)
+        at = head * padded(T) + token
         lse = tl.load(LSE2 + at, mask=exists, other=float("inf"))
         delta = tl.load(DELTA + at, mask=exists, other=0.0)
+        if UPRIGHT:
+            if MASKED:
+                keep = kept(
+                    m_local[:, None], (token + offset)[:, None], n_local[None, :], key[None, :], S,
+                    token[:, None], begin[None, :], end[None, :], PATTERN, TABLE, e,
+                    place, BN, TILE, KIND,
+                )  # fmt: skip
+            else:
+                keep = exists[:, None]
+        else:
+            if MASKED:
+                keep = kept(
+                    m_local[None, :], (token + offset)[None, :], n_local[:, None], key[:, None], S,
+                    token[None, :], begin[:, None], end[:, None], PATTERN, TABLE, e,
+                    place, BN, TILE, KIND,
+                )  # fmt: skip
+            else:
+                keep = exists[None, :]
+        q_at = token.to(tl.int64) * sqt + head * sqh
+        d_at = token.to(tl.int64) * sdt + head * sdh
+        q = block_of(Q, QT, b * T + start - shift, h * K, q_at, exists, 1, K, BK, True, BULK)
+        do = block_of(DO, DOT, b * T + start - shift, h * V, d_at, exists, 1, V, BV, True, BULK)
         w, ds = _pairs(q, do, lse, delta, k, v, keep, scale, MASKED, UPRIGHT, PRECISION)
         dv = tl.dot(w, do, dv, input_precision=PRECISION)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        start = after
     return dk, dv
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_grad_kv(
     Q, K_, V_, DO, QT, DOT, LSE2, DELTA, DK, DV, LO, MID, HI, ROW, PATTERN, TABLE, PLANE,
-    scale, T, S, offset, shift, blocks, H, G, NB, NH,
+    scale, T, S, offset, shift, blocks, H, G, NB, NH, low, high,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     HG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -235,31 +265,38 @@ def attention_grad_kv(
     block = tl.program_id(0) // (SIZE // BN)
     b = tl.program_id(1) // G
     g = tl.program_id(1) % G
-    n_local = tl.program_id(0) % (SIZE // BN) * BN + tl.arange(0, BN)
-    key = block * SIZE + n_local
+    place = tl.program_id(0) % (SIZE // BN) * BN
+    key = block * SIZE + place + tl.arange(0, BN)
     there = key < S
     k = rows_of(K_ + b.to(tl.int64) * skb + g * skh, key.to(tl.int64), there, skt, K, BK, True)
     v = rows_of(V_ + b.to(tl.int64) * svb + g * svh, key.to(tl.int64), there, svt, V, BV, True)
     Q += b.to(tl.int64) * sqb
     DO += b.to(tl.int64) * sdb
-    LSE2 += b.to(tl.int64) * T * H
-    DELTA += b.to(tl.int64) * T * H
+    LSE2 += b.to(tl.int64) * H * padded(T)
+    DELTA += b.to(tl.int64) * H * padded(T)
     dk = tl.zeros([BN, BK], tl.float32)
     dv = tl.zeros([BN, BV], tl.float32)
     log2_scale = scale * LOG2E
+    begin, end = band_of(key - offset, -high, -low, T)
     for j in range(H // G // HG):
         h = g * (H // G) + j * HG
-        own = plane_of(PLANE, b, h, H, NB, NH) * blocks + block
-        lo, mid, hi = tl.load(LO + own), tl.load(MID + own), tl.load(HI + own)
+        if KIND == BAND:
+            y = tl.program_id(0) * BN - offset
+            a, b_, c, d, turn, skip = band_runs(y, y + BN - 1, -high, -low, T, 0, 1, BM)
+        else:
+            own = plane_of(PLANE, b, h, H, NB, NH) * blocks + block
+            a, b_, c, d, turn, skip = listed_runs(LO, MID, HI, own, 0, 1)
         dk, dv = _by_key(
-            dk, dv, k, v, key, n_local, Q, DO, QT, DOT, LSE2, DELTA, ROW, PATTERN, TABLE, lo, mid,
-            b, h, shift, T, S, H, sqt, sqh, sdt, sdh, offset, log2_scale,
-            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, False, BULK, UPRIGHT, PRECISION,
+            dk, dv, k, v, key, place, begin, end, Q, DO, QT, DOT, LSE2, DELTA,
+            ROW, PATTERN, TABLE, a, b_, b_ - a, 0, b, h, shift, T, S, sqt, sqh, sdt, sdh, offset,
+            log2_scale, K, V, BK, BV, BM, BN, HG, PER_ROW, SIZE, KIND, False, BULK, UPRIGHT,
+            PRECISION,
         )  # fmt: skip
         dk, dv = _by_key(
-            dk, dv, k, v, key, n_local, Q, DO, QT, DOT, LSE2, DELTA, ROW, PATTERN, TABLE, mid, hi,
-            b, h, shift, T, S, H, sqt, sqh, sdt, sdh, offset, log2_scale,
-            K, V, BK, BV, BM, HG, PER_ROW, SIZE, KIND, True, BULK, UPRIGHT, PRECISION,
+            dk, dv, k, v, key, place, begin, end, Q, DO, QT, DOT, LSE2, DELTA,
+            ROW, PATTERN, TABLE, c, d, turn, skip, b, h, shift, T, S, sqt, sqh, sdt, sdh, offset,
+            log2_scale, K, V, BK, BV, BM, BN, HG, PER_ROW, SIZE, KIND, True, BULK, UPRIGHT,
+            PRECISION,
         )  # fmt: skip
     at = (b.to(tl.int64) * S + key) * G + g
     d, w = tl.arange(0, BK), tl.arange(0, BV)
@@ -281,14 +318,14 @@ def _scatter(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     d, d_v = tl.arange(0, BK), tl.arange(0, BV)
-    for i in range(steps(a, c, BN, SIZE)):
-        start, at, there, e, _ = keys(ENTRY, i, a, c, BN, SIZE, UNIT)
-        key = start + at
+    for i in range(steps(a, c, BN, SIZE, KIND)):
+        at, there, e, _ = keys(ENTRY, i, a, c, BN, SIZE, UNIT, KIND)
+        key = start_of(ENTRY, i, a, c, 0, 0, BN, SIZE, UNIT, KIND) + at
         there = there & (key < S)
-        first = tl.cast(start, tl.int64)
-        k = rows_of(K_ + first * stride_k, at, there, stride_k, K, BK, True)
-        v = rows_of(V_ + first * stride_v, at, there, stride_v, V, BV, True)
-        keep = kept(0, p[None, :], 0, key[:, None], S, ENTRY, ENTRY, e, SIZE, KIND)
+        first = key.to(tl.int64)
+        k = rows_of(K_, first, there, stride_k, K, BK, True)
+        v = rows_of(V_, first, there, stride_v, V, BV, True)
+        keep = kept(0, p[None, :], 0, key[:, None], S, 0, 0, 0, ENTRY, ENTRY, e, 0, BN, SIZE, KIND)
         keep = keep & there[:, None]
         w, ds = _pairs(q, do, lse, delta, k, v, keep, log2_scale, True, False, PRECISION)
         dv = tl.dot(w, do, input_precision=PRECISION)
@@ -307,7 +344,7 @@ def _scatter(
 @triton.jit(do_not_specialize=SIZES)
 def attention_scatter_kv(
     Q, K_, V_, DO, LSE2, DELTA, DK, DV, LO, HI, ENTRY, CLO, CHI, CENTRY, PLANE,
-    scale, T, S, offset, first, shift, rows, H, G, NB, NH,
+    scale, T, S, offset, first, shift, rows, H, G, NB, NH, low, high,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sdb, sdt, sdh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     BQ: tl.constexpr, HG: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -327,7 +364,7 @@ def attention_scatter_kv(
     d_at = token.to(tl.int64) * sdt + head * sdh
     q = rows_of(Q + b.to(tl.int64) * sqb, q_at, exists, 1, K, BK, True)
     do = rows_of(DO + b.to(tl.int64) * sdb, d_at, exists, 1, V, BV, True)
-    at = (b.to(tl.int64) * T + token) * H + head
+    at = (b.to(tl.int64) * H + head) * padded(T) + token
     lse = tl.load(LSE2 + at, mask=exists, other=float("inf"))
     delta = tl.load(DELTA + at, mask=exists, other=0.0)
     g = h // (H // G)

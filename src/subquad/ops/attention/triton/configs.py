@@ -2,7 +2,8 @@
 
 A row of ``configs.json`` holds for a kernel, programs of up to ``rows`` rows of queries, head dims
 up to ``width`` (padded to a power of two) and elements of up to ``itemsize`` bytes. Each was
-checked against float64 on an H200 before it was timed (``benchmarks/sparse.py --tune``).
+checked against float64 on an H200 before it was timed (``benchmarks/tune_sparse.py``). Kernels
+named ``hopper_*`` are those written for that architecture.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def forced(configs: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
 
 def config(kernel: str, rows: int, width: int, itemsize: int) -> dict[str, int]:
     """``step`` (and the most ``queries``, or ``keys``, of a program), ``num_warps`` and
-    ``num_stages`` of ``kernel``."""
+    ``num_stages`` of ``kernel``; ``loop`` where a program takes tile after tile of a band."""
     if kernel in _forced:
         return dict(_forced[kernel])
     return dict(_found(kernel, rows, width, itemsize))

@@ -19,11 +19,12 @@ from subquad.ops.attention.node import run
 from subquad.ops.attention.triton import backward as grads
 from subquad.ops.attention.triton.configs import config, processors
 from subquad.ops.attention.triton.forward import attention_forward
-from subquad.ops.attention.triton.index import Index, of_choice, of_mask
+from subquad.ops.attention.triton.index import BAND, Index, arguments, of_choice, of_mask
 
 TILE, SMALL_TILE = 128, 64
 WELL_FILLED = 0.4  # smaller tiles are taken where less than this share of the large ones is kept
 MOST_ROWS = 128  # of a program
+HOPPER = {"forward", "grad_q", "grad_kv"}  # those that have a kernel for such GPUs
 
 
 def attention(
@@ -64,19 +65,16 @@ class Launch:
 
     def lists(self) -> tuple[Any, ...]:
         """The kernels' arguments from LO to PLANE."""
-        own, columns = self.index.lists, self.index.columns
+        index, columns = self.index, self.index.columns
         single = (columns.lo, columns.hi, columns.entry) if columns else (None, None, None)
-        return (
-            own.lo, own.mid, own.hi, own.entry, own.pattern, self.index.table, *single,
-            self.index.plane,
-        )  # fmt: skip
+        return *arguments(index.lists), index.table, *single, index.plane
 
     def sizes(self) -> tuple[int, ...]:
         """The arguments from T to NB NH."""
         index = self.index
         return (
             self.T, self.S, self.offset, self.first, index.shift, index.rows, self.H, self.G,
-            *index.shape,
+            *index.shape, *index.bounds,
         )  # fmt: skip
 
     def dims(self) -> dict[str, Any]:
@@ -131,6 +129,23 @@ class Launch:
         found = config(kernel, rows or self.BM, width, self.dtype.itemsize)
         return found.pop("step"), found
 
+    def divides_warps(self, kernel: str, *tensors: Tensor) -> bool:
+        """Whether the kernel written for Hopper takes these tensors."""
+        index = self.index
+        return (
+            kernel in HOPPER
+            and _is_hopper(tensors[0].device)
+            and tensors[0].dtype.itemsize == 2
+            and self.BQ == 128
+            and self.K == self.V
+            and self.K in (64, 128)
+            and index.columns is None
+            and index.unit == index.size == index.per_row == 128
+            and index.shift == 0
+            and (self.B == 1 or (self.T % 128 == 0 and self.S % 128 == 0))
+            and all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in tensors)
+        )
+
     def narrowed(self, most: int) -> Launch:
         """The same with at most ``most`` queries a program."""
         return replace(self, BQ=most) if most < self.BQ and self.BQ % most == 0 else self
@@ -179,6 +194,13 @@ def forward(
     launch = prepare(q, k, v, mask, offset)
     rows, heads = launch.programs
     parts = _parts(launch, rows * heads)
+    if parts == 1 and launch.divides_warps("forward", q, k, v):
+        from subquad.ops.attention.triton import hopper
+
+        o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        with _on(q):
+            hopper.forward(launch, q, k, v, o, lse, scale)
+        return o, lse
     step, options = launch.config("forward")
     tiles, bulk = launch.key_tiles(k, v, step)
     o = v.new_empty(parts, *q.shape[:3], launch.V, dtype=torch.float32 if parts > 1 else v.dtype)
@@ -197,11 +219,11 @@ def forward(
 
 def _parts(launch: Launch, programs: int) -> int:
     """Into how many parts each list is cut: few queries alone would leave the GPU idle."""
-    width = len(launch.index.lists.entry) // max(len(launch.index.lists.lo), 1)
-    if launch.T > MOST_ROWS or width * launch.index.size < 512:
+    width = launch.index.width(launch.S)
+    if launch.T > MOST_ROWS or width < 512:
         return 1
     wanted = triton.cdiv(2 * processors(launch.index.plane.device.index), programs)
-    most = triton.cdiv(width * launch.index.size, 256)
+    most = triton.cdiv(width, 256)
     return min(triton.next_power_of_2(max(1, min(wanted, most))), 64)
 
 
@@ -212,34 +234,44 @@ def backward(
     q, k, v, do = (_dense_last(x) for x in (q, k, v, do))
     launch = prepare(q, k, v, mask, offset)
     index, (B, T, H) = launch.index, q.shape[:3]
-    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    delta, lse2 = lse.new_empty(2, B, H, triton.cdiv(T, TILE) * TILE)
     dims, lists = launch.dims(), launch.lists()
     with _on(q):
-        grads.attention_delta[(triton.cdiv(B * T * H, 64),)](
-            o, do, lse, dlse.contiguous(), delta, lse2, B * T * H, T, H,
+        grads.attention_delta[(triton.cdiv(T, TILE), B * H)](
+            o, do, lse, dlse.contiguous(), delta, lse2, T, H,
             o.stride(1), o.stride(2), o.stride(0), do.stride(1), do.stride(2), do.stride(0),
-            V=launch.V, BV=dims["BV"], BM=64, num_warps=4,
-        )  # fmt: skip
-        strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        step, options = launch.config("grad_q")
-        own = launch.narrowed(options.pop("queries", MOST_ROWS))
-        tiles, bulk = own.key_tiles(k, v, step)
-        grads.attention_grad_q[own.programs](
-            q, k, v, *tiles, do, lse2, delta, dq, *lists, scale, *own.sizes(), *strides,
-            **dims, **own.rows(), BN=step, BULK=bulk, **options,
+            V=launch.V, BV=dims["BV"], BM=TILE, num_warps=8,
         )  # fmt: skip
         turned = index.by_keys(triton.cdiv(launch.S, index.size)) if index.size % 64 == 0 else None
-        if turned is None:
+        strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if launch.divides_warps("grad_q", q, k, v, do):
+            from subquad.ops.attention.triton import hopper
+
+            hopper.grad_q(launch, q, k, v, do, lse2, delta, dq, scale)
+        else:
+            step, options = launch.config("grad_q")
+            own = launch.narrowed(options.pop("queries", MOST_ROWS))
+            tiles, bulk = own.key_tiles(k, v, step)
+            grads.attention_grad_q[own.programs](
+                q, k, v, *tiles, do, lse2, delta, dq, *lists, scale, *own.sizes(), *strides,
+                **dims, **own.rows(), BN=step, BULK=bulk, **options,
+            )  # fmt: skip
+        if turned is None and index.kind != BAND:
             dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
             step, options = launch.config("scatter_kv")
-            listed = (lists[0], *lists[2:4], *lists[6:])
+            walked = (lists[0], *lists[2:4], *lists[6:])
             grads.attention_scatter_kv[launch.programs](
-                q, k, v, do, lse2, delta, dk, dv, *listed, scale, *launch.sizes(), *strides,
+                q, k, v, do, lse2, delta, dk, dv, *walked, scale, *launch.sizes(), *strides,
                 **dims, **launch.rows(), BN=step, **options,
             )  # fmt: skip
             return dq, dk.to(k.dtype), dv.to(v.dtype)
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=q.device) for x in (k, v))
+        if launch.divides_warps("grad_kv", q, k, v, do):
+            from subquad.ops.attention.triton import hopper
+
+            hopper.grad_kv(launch, turned, q, k, v, do, lse2, delta, dk, dv, scale)
+            return dq, dk, dv
         step, options = launch.config("grad_kv", index.per_row * launch.HG)
         keys, upright = options.pop("keys"), bool(options.pop("upright", 0))
         BN = keys if index.size % keys == 0 else 64
@@ -248,10 +280,10 @@ def backward(
         tiles, bulk = launch.tiles((q, do), step, index.per_row, aligned and launch.HG == 1)
         bulk = bulk and launch.HG == 1
         grads.attention_grad_kv[(blocks * (index.size // BN), B * launch.G)](
-            q, k, v, do, *tiles, lse2, delta, dk, dv,
-            turned.lo, turned.mid, turned.hi, turned.entry, turned.pattern, index.table,
+            q, k, v, do, *tiles, lse2, delta, dk, dv, *arguments(turned), index.table,
             index.plane, scale, T, launch.S, offset, index.shift, blocks, H, launch.G,
-            *index.shape, *strides, **dims, BM=step, BN=BN, BULK=bulk, UPRIGHT=upright, **options,
+            *index.shape, *index.bounds, *strides, **dims,
+            BM=step, BN=BN, BULK=bulk, UPRIGHT=upright, **options,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -260,6 +292,13 @@ def backward(
 def _has_copy_engine(device: torch.device) -> bool:
     # The interpreter has one too.
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@lru_cache(maxsize=8)
+def _is_hopper(device: torch.device) -> bool:
+    # Gluon's names change from version to version; this one was checked.
+    known = triton.__version__.startswith("3.6.")
+    return known and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _dense_last(x: Tensor) -> Tensor:
