@@ -19,7 +19,7 @@ def probe_rows(
     O, MEAN, DO, LSE, DLSE, LSE2, DELTA, PULL, rows, T, H, sdb, sdt, sdh,
     V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """``do . o - dlse``, ``do . mean``, and lse in base 2 (+inf where a row sees no key)."""
+    """``do . (mean - o) + dlse``, ``do . mean``, lse in base 2 (+inf where a row sees no key)."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     exists = row < rows
     token, h = row // H, row % H
@@ -29,7 +29,7 @@ def probe_rows(
     lse = tl.load(LSE + row, mask=exists, other=0.0)
     seen = lse > float("-inf")
     dlse = tl.where(seen, tl.load(DLSE + row, mask=exists, other=0.0), 0.0)
-    tl.store(DELTA + row, tl.sum(do * o, 1) - dlse, mask=exists)
+    tl.store(DELTA + row, tl.sum(do * (mean - o), 1) + dlse, mask=exists)
     tl.store(PULL + row, tl.sum(do * mean, 1), mask=exists)
     tl.store(LSE2 + row, tl.where(seen, lse * LOG2E, float("inf")), mask=exists)
 
@@ -74,9 +74,9 @@ def probe_grad_q(
         keep = (n[None, :] >= lo[:, None]) & (n[None, :] < hi[:, None])
         p = tl.exp2(tl.where(keep, s - lse[:, None], float("-inf")))
         gap = pull[:, None] - e
-        ds = p * (e - delta[:, None] + (t - drift[:, None]) * gap)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         dr = tl.dot((p * gap).to(k.dtype), k, dr, input_precision=PRECISION)
+        ds = p * (delta[:, None] - (1.0 - t + drift[:, None]) * gap)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     d = tl.arange(0, BK)
     to = at[:, None] * K + d[None, :]
     keep = exists[:, None] & (d < K)[None, :]
@@ -114,27 +114,27 @@ def probe_grad_kv(
             m = start + tl.arange(0, BM)
             exists = m < T
             wide = m.to(tl.int64)
-            q = rows_at(Q + b * sqb + h * sqh, wide * sqt, exists, K, BK)
-            r = rows_at(R + b * srb + h * srh, wide * srt, exists, K, BK)
-            do = rows_at(DO + b * sdb + h * sdh, wide * sdt, exists, V, BV)
             at = (b * T + m) * H + h
-            lse = tl.load(LSE2 + at, mask=exists, other=float("inf"))
-            drift = tl.load(DRIFT + at, mask=exists, other=0.0)
-            delta = tl.load(DELTA + at, mask=exists, other=0.0)
-            pull = tl.load(PULL + at, mask=exists, other=0.0)
+            q = rows_at(Q + b * sqb + h * sqh, wide * sqt, exists, K, BK)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
             lo = tl.load(LO + b * plane + m, mask=exists, other=0)
             hi = tl.load(HI + b * plane + m, mask=exists, other=0)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
-            t = tl.dot(k, tl.trans(r), input_precision=PRECISION)
-            e = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             keep = (n[:, None] >= lo[None, :]) & (n[:, None] < hi[None, :])
+            lse = tl.load(LSE2 + at, mask=exists, other=float("inf"))
             p = tl.exp2(tl.where(keep, s - lse[None, :], float("-inf")))
-            u = t - drift[None, :]
+            r = rows_at(R + b * srb + h * srh, wide * srt, exists, K, BK)
+            t = tl.dot(k, tl.trans(r), input_precision=PRECISION)
+            drift = tl.load(DRIFT + at, mask=exists, other=0.0)
+            a = p * (1.0 - t + drift[None, :])
+            do = rows_at(DO + b * sdb + h * sdh, wide * sdt, exists, V, BV)
+            dv = tl.dot(a.to(do.dtype), do, dv, input_precision=PRECISION)
+            e = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            pull = tl.load(PULL + at, mask=exists, other=0.0)
             gap = pull[None, :] - e
-            dv = tl.dot((p * (1.0 - u)).to(do.dtype), do, dv, input_precision=PRECISION)
-            ds = p * scale * (e - delta[None, :] + u * gap)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
             dk = tl.dot((p * gap).to(r.dtype), r, dk, input_precision=PRECISION)
+            delta = tl.load(DELTA + at, mask=exists, other=0.0)
+            ds = (p * delta[None, :] - a * gap) * scale
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     at = (b * S + n) * G + g
     d = tl.arange(0, BK)
     keep = there[:, None] & (d < K)[None, :]
