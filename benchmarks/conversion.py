@@ -178,10 +178,13 @@ def report(results: dict[str, Any]) -> None:
     whole = cells["teacher"]["cache"]["8192"]
     head = [f"needles {int(T):,}" for T in lengths]
     lines = [
-        f"`python benchmarks/conversion.py MODEL`, `{results['model']}` (8 layers) on {device}: "
-        f"perplexity at 1,024 tokens of held-out files; needles of {SAMPLES} prompts a length, one "
-        "of 4 facts asked; the cache behind 8,192 tokens; seconds of the conversion, loading "
-        "and the choice of layers included, beside other processes on the same GPU.",
+        f"`python benchmarks/conversion.py MODEL`, `{results['model']}` (8 layers) on {device}. "
+        f"Perplexity at 1,024 tokens of held-out files; needles of {SAMPLES} prompts a length, one "
+        "of 4 facts asked; the cache behind 8,192 tokens. Texts of 8,192 tokens and 200 steps a "
+        "stage where the name does not say otherwise (Hedgehog: of 256, then 1,024). Layers kept "
+        "are chosen by the recipe's score but in the rows with a random one. Seconds are those of "
+        "the whole conversion, loading and scoring too, with other processes on the same GPU; "
+        "those with a star are of a GPU that no other process used.",
         "",
         f"| recipe | layers kept | tokens | perplexity | {' | '.join(head)} | cache | of it | s |",
         "| --- | --- | ---: | ---: |" + " ---: |" * (len(lengths) + 3),
@@ -189,11 +192,12 @@ def report(results: dict[str, Any]) -> None:
     for name, cell in cells.items():
         kept = "all" if name == "teacher" else ", ".join(map(str, cell["kept"])) or "none"
         needles = " | ".join(f"{cell['needles'][T]:.2f}" for T in lengths)
-        tokens = f"{cell.get('tokens', 0) / 1e6:.1f} M"
+        tokens = f"{cell['tokens'] / 1e6:.1f} M" if "tokens" in cell else ""
         held = cell["cache"]["8192"]
+        seconds = f"{cell['seconds']:.0f}{'*' * cell.get('alone', False)}" if tokens else ""
         lines.append(
             f"| {name} | {kept} | {tokens} | {cell['perplexity']:.3f} | {needles} | "
-            f"{units.bytes_(held)} | {held / whole:.1%} | {cell.get('seconds', 0):.0f} |"
+            f"{units.bytes_(held)} | {held / whole:.1%} | {seconds} |"
         )
     figure(cells, FIGURE)
     lines += ["", f"![Perplexity and needles against the cache](figures/{FIGURE.name})"]
