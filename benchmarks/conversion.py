@@ -47,7 +47,7 @@ LORA = {"lr": 2e-3, "warmup": 20}  # the published rate, 1e-4, is one for 7 B pa
 PLAIN = {"map_rotary": False}
 BEST = "lolcats, maps without rotation"
 # The recipe, its kept layers, the stages run where not all, options of the mixer, the dtype, what
-# every stage has (set) and what the tuning has (tune) instead of the recipe's own.
+# every stage has (set), the transfer and the tuning have instead of the recipe's own.
 CELLS: dict[str, dict[str, Any]] = {
     f"{BEST}, best layer kept": {
         "recipe": "lolcats", "keep": 1, "options": PLAIN, "set": LONG, "tune": LORA,
@@ -59,6 +59,10 @@ CELLS: dict[str, dict[str, Any]] = {
     f"{BEST}, best layer kept, 500 steps, windows of 128, twice the tokens": {
         "recipe": "lolcats", "keep": 1, "options": {**PLAIN, "window": 128},
         "set": {**LONG, "steps": 500, "batch": 2}, "tune": LORA, "dtype": "bfloat16",
+    },
+    f"{BEST}, best layer kept, 500 steps, thrice the rate": {
+        "recipe": "lolcats", "keep": 1, "options": PLAIN, "set": {**LONG, "steps": 500},
+        "transfer": {"lr": 3e-2}, "tune": LORA,
     },
     f"{BEST}, random layer kept": {
         "recipe": "lolcats", "keep": RANDOM, "options": PLAIN, "set": LONG, "tune": LORA,
@@ -125,7 +129,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     recipe = replace(
         recipe,
         stages=tuple(
-            replace(s, **cell.get("tune", {})) if isinstance(s, Tune) else s for s in recipe.stages
+            replace(s, **cell.get("tune" if isinstance(s, Tune) else "transfer", {}))
+            for s in recipe.stages
         ),
     )
     if "only" in cell:
