@@ -15,16 +15,17 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
-from triton import AsyncCompileMode
+from triton import AsyncCompileMode, FutureKernel
 
 from subquad.ops.backend import interpreted
 from subquad.ops.recurrence.triton.parts import SIZES
 
 
 class _Rehearsal(threading.local):
-    on = False
+    kernels: list[Any] | None = None  # those asked for; None outside a rehearsal
 
 
 _rehearsal = _Rehearsal()
@@ -38,16 +39,17 @@ class Kernel:
         self.jit = triton.jit(do_not_specialize=SIZES)(function)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return partial(self._compile, grid) if _rehearsal.on else self.jit[grid]
+        return partial(self._compile, grid) if _rehearsal.kernels is not None else self.jit[grid]
 
     def _compile(self, grid: tuple[int, ...], *arguments: Any, **more: Any) -> None:
         types = (a.dtype if isinstance(a, Tensor) else a for a in arguments)
-        self.jit.warmup(*types, grid=grid, **more)
+        assert _rehearsal.kernels is not None
+        _rehearsal.kernels.append(self.jit.warmup(*types, grid=grid, **more))
 
 
 def met(kind: Hashable) -> bool:
     """Whether a call of this kind came before, or is a rehearsal, or needs none."""
-    if kind in _met or _rehearsal.on:
+    if kind in _met or _rehearsal.kernels is not None:
         return True
     _met.add(kind)
     return interpreted()
@@ -60,9 +62,18 @@ def rehearse(run: Callable[[], object]) -> None:
 
 
 def _rehearse(run: Callable[[], object]) -> None:
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads, AsyncCompileMode(threads):
-        _rehearsal.on = True
-        try:
-            run()
-        finally:
-            _rehearsal.on = False
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        with AsyncCompileMode(threads):
+            kernels = _rehearsal.kernels = []
+            try:
+                run()
+            finally:
+                _rehearsal.kernels = None
+        list(threads.map(partial(_load, torch.cuda.current_device()), set(kernels)))
+
+
+def _load(device: int, kernel: Any) -> None:
+    """Bring a kernel to the device; Triton 3.6 also compiles what launches it, in C."""
+    with torch.cuda.device(device):
+        kernel = kernel.result() if isinstance(kernel, FutureKernel) else kernel
+        _ = kernel.run

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.ops.operation import operation, without_derivative
 from subquad.ops.recurrence.triton import launch
 
 
@@ -43,7 +44,7 @@ def _dense(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-@torch.library.custom_op("subquad::recurrence_steps", mutates_args=())
+@operation("recurrence_steps")
 def _steps(
     q: Tensor,
     k: Tensor,
@@ -57,7 +58,7 @@ def _steps(
     return launch.steps(*_dense(q, k, v, decay, beta, state, cu_seqlens), scale=scale)
 
 
-@torch.library.custom_op("subquad::recurrence", mutates_args=())
+@operation("recurrence")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -74,7 +75,7 @@ def _forward(
     )
 
 
-@torch.library.custom_op("subquad::recurrence_backward", mutates_args=())
+@operation("recurrence_backward")
 def _backward(
     do: Tensor,
     dfinal: Tensor | None,
@@ -117,18 +118,18 @@ def _ends(q, k, v, decay, beta, cu_seqlens) -> tuple[Tensor, Tensor]:
     return o, v.new_empty(N, H, q.shape[3], v.shape[3], dtype=torch.float32)
 
 
-@_steps.register_fake
+@torch.library.register_fake(_steps)
 def _(q, k, v, decay, beta, state, cu_seqlens, scale):
     return _ends(q, k, v, decay, beta, cu_seqlens)
 
 
-@_forward.register_fake
+@torch.library.register_fake(_forward)
 def _(q, k, v, decay, beta, state, cu_seqlens, scale, trains=False):
     p = launch.plan(q, k, v, decay, beta, cu_seqlens, tables=False)
     return *_ends(q, k, v, decay, beta, cu_seqlens), *launch.carried(p, v)
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(do, dfinal, q, k, v, decay, beta, state, cu_seqlens, starts, link, scale):
     inputs = (q, k, v, decay, beta, state)
     return tuple(
@@ -157,4 +158,6 @@ def _derive(ctx, do, dfinal, *_):
     return *grads, None, None, None
 
 
-_forward.register_autograd(_derive, setup_context=_setup)
+torch.library.register_autograd(_forward, _derive, setup_context=_setup)
+without_derivative(_steps)
+without_derivative(_backward)
