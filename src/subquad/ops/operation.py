@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 
 def operation(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
-    """Make the function ``subquad::name``, for CPU and CUDA; it must mutate none of its inputs.
+    """Make a function the operation ``subquad::name``; it must not change its inputs.
 
     ``torch.library.register_fake`` gives its fake, ``register_autograd`` its derivative, or
     :func:`without_derivative` says that it has none.
@@ -30,7 +30,7 @@ def operation(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
         def run(*inputs: Any) -> Any:
             return (untraced if "torch._dynamo" in sys.modules else function)(*inputs)
 
-        torch.library.impl(whole, ("cpu", "cuda"), run)
+        torch.library.impl(whole, "default", run)
         found: OpOverload = getattr(torch.ops.subquad, name).default
         return found
 

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from subquad.mask import Mask
 from subquad.mask.spec import from_spec
+from subquad.ops.operation import operation, without_derivative
 
 _CONSTANTS: dict[Mask, int] = {}
 
@@ -54,7 +55,7 @@ class _Node(torch.autograd.Function):
         return None, *got, None, None, None
 
 
-@torch.library.custom_op("subquad::attention", mutates_args=())
+@operation("attention")
 def _forward_op(
     q: Tensor, k: Tensor, v: Tensor, mask: int, scale: float, offset: int, home: str
 ) -> tuple[Tensor, Tensor]:
@@ -62,13 +63,13 @@ def _forward_op(
     return o.contiguous(), lse.contiguous()
 
 
-@_forward_op.register_fake
+@torch.library.register_fake(_forward_op)
 def _(q, k, v, mask, scale, offset, home):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
 
 
-@torch.library.custom_op("subquad::attention_backward", mutates_args=())
+@operation("attention_backward")
 def _backward_op(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
     mask: int, scale: float, offset: int, home: str,
@@ -79,7 +80,7 @@ def _backward_op(
     return tuple(x.contiguous() for x in got)
 
 
-@_backward_op.register_fake
+@torch.library.register_fake(_backward_op)
 def _(do, dlse, q, k, v, o, lse, mask, scale, offset, home):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
@@ -94,4 +95,5 @@ def _differentiate(ctx, do, dlse):
     return *got, None, None, None, None
 
 
-_forward_op.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd(_forward_op, _differentiate, setup_context=_save)
+without_derivative(_backward_op)

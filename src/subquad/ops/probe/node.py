@@ -13,8 +13,10 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from subquad.ops.operation import operation, without_derivative
 
-@torch.library.custom_op("subquad::probe", mutates_args=())
+
+@operation("probe")
 def run(
     q: Tensor, k: Tensor, v: Tensor, r: Tensor, lo: Tensor, hi: Tensor, scale: float,
     saves: bool, peak: bool, home: str,
@@ -24,7 +26,7 @@ def run(
     return import_module(home).forward(q, k, v, r, lo, hi, scale, saves, peak)
 
 
-@run.register_fake
+@torch.library.register_fake(run)
 def _(q, k, v, r, lo, hi, scale, saves, peak, home):
     dtype = torch.promote_types(q.dtype, torch.float32)
     o = v.new_empty(*q.shape[:3], v.shape[3])
@@ -33,7 +35,7 @@ def _(q, k, v, r, lo, hi, scale, saves, peak, home):
     return o, mean, lse, drift, lo.new_empty(q.shape[:3] if peak else 0)
 
 
-@torch.library.custom_op("subquad::probe_backward", mutates_args=())
+@operation("probe_backward")
 def _backward(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, r: Tensor, lo: Tensor, hi: Tensor,
     o: Tensor, mean: Tensor, lse: Tensor, drift: Tensor, scale: float, home: str,
@@ -43,7 +45,7 @@ def _backward(
     return tuple(x.contiguous() for x in got)
 
 
-@_backward.register_fake
+@torch.library.register_fake(_backward)
 def _(do, dlse, q, k, v, r, lo, hi, o, mean, lse, drift, scale, home):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, r))
 
@@ -61,4 +63,5 @@ def _differentiate(ctx, do, _mean, dlse, _drift, _top):
     return *got, None, None, None, None, None, None
 
 
-run.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd(run, _differentiate, setup_context=_save)
+without_derivative(_backward)

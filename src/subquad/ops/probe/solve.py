@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subquad.ops.operation import operation, without_derivative
 from subquad.ops.probe import node
 
 
@@ -96,7 +97,7 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, steps: int
     return x
 
 
-@torch.library.custom_op("subquad::probe_solve", mutates_args=())
+@operation("probe_solve")
 def _solve(
     b: Tensor, mean: Tensor, q: Tensor, k: Tensor, penalty: Tensor, lo: Tensor, hi: Tensor,
     scale: float, steps: int, home: str,
@@ -110,12 +111,12 @@ def _solve(
     return conjugate_gradients(apply, b, steps)
 
 
-@_solve.register_fake
+@torch.library.register_fake(_solve)
 def _(b, mean, q, k, penalty, lo, hi, scale, steps, home):
     return torch.empty_like(b)
 
 
-@torch.library.custom_op("subquad::probe_solution", mutates_args=())
+@operation("probe_solution")
 def _solution(
     residual: Tensor, r: Tensor, mean: Tensor, q: Tensor, k: Tensor, penalty: Tensor, lo: Tensor,
     hi: Tensor, scale: float, steps: int, home: str,
@@ -124,7 +125,7 @@ def _solution(
     return r.clone()
 
 
-@_solution.register_fake
+@torch.library.register_fake(_solution)
 def _(residual, r, *_):
     return torch.empty_like(r)
 
@@ -140,4 +141,5 @@ def _differentiate(ctx, dr):
     return _solve(dr.contiguous(), mean, q, k, penalty, *rest), *[None] * 10
 
 
-_solution.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd(_solution, _differentiate, setup_context=_save)
+without_derivative(_solve)

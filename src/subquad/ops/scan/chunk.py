@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.ops.operation import operation
+
 
 def scan(
     x: Tensor, decay: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
@@ -38,13 +40,13 @@ def scan(
     return h.to(x.dtype), last
 
 
-@torch.library.custom_op("subquad::scan", mutates_args=())
+@operation("scan")
 def _scan(x: Tensor, a: Tensor, first: Tensor) -> Tensor:
     """``h_t = a_t h_{t-1} + x_t`` for x, a ``[B,T,D]`` and h_0 = ``first [B,D]``."""
     return _chunked(x, a, first)
 
 
-@_scan.register_fake
+@torch.library.register_fake(_scan)
 def _(x: Tensor, a: Tensor, first: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -62,7 +64,7 @@ def _backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return G, G * before.conj(), G[:, 0] * a[:, 0].conj()
 
 
-_scan.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd(_scan, _backward, setup_context=_save)
 
 
 def _chunked(x: Tensor, a: Tensor, first: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from subquad.ops.kernel_attention.exact import Band
 from subquad.ops.kernel_attention.near import How
 from subquad.ops.kernel_attention.torch import mix
 from subquad.ops.kernel_attention.triton import near as kernels
+from subquad.ops.operation import operation, without_derivative
 
 TILE = 64  # rows and columns; smaller ones are wrong in backward passes on Hopper
 LEAST = 16  # features that a product of tensor cores takes at least
@@ -51,7 +52,7 @@ def _launch(kernel, q, k, v, q_ids, k_ids, tensors, sizes, scale: float, over: i
     )  # fmt: skip
 
 
-@torch.library.custom_op("subquad::near_sums", mutates_args=())
+@operation("near_sums")
 def near_sums(
     q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor, k_ids: Tensor, sizes: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -66,7 +67,7 @@ def near_sums(
     return n, d, top, arg
 
 
-@near_sums.register_fake
+@torch.library.register_fake(near_sums)
 def _(q, k, v, q_ids, k_ids, sizes, scale):
     rows = q.shape[:3]
     d, top = (q.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -74,7 +75,7 @@ def _(q, k, v, q_ids, k_ids, sizes, scale):
     return q.new_empty(*rows, v.shape[3], dtype=torch.float32), d, top, arg
 
 
-@torch.library.custom_op("subquad::near_sums_backward", mutates_args=())
+@operation("near_sums_backward")
 def near_sums_backward(
     dn: Tensor, dd: Tensor, q: Tensor, k: Tensor, v: Tensor, q_ids: Tensor, k_ids: Tensor,
     n: Tensor, d: Tensor, top: Tensor, arg: Tensor, sizes: list[int], scale: float,
@@ -94,7 +95,7 @@ def near_sums_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-@near_sums_backward.register_fake
+@torch.library.register_fake(near_sums_backward)
 def _(dn, dd, q, k, v, q_ids, k_ids, n, d, top, arg, sizes, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
@@ -113,4 +114,5 @@ def _differentiate(ctx, dn, dd, _top, _arg):
     return *got, None, None, None, None
 
 
-near_sums.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd(near_sums, _differentiate, setup_context=_save)
+without_derivative(near_sums_backward)
