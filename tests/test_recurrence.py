@@ -137,7 +137,7 @@ def test_second_derivatives():
         assert torch.autograd.gradgradcheck(call(form), tuple(inputs.values()), fast_mode=True)
     o = call("chunk")(*inputs.values())
     (g,) = torch.autograd.grad(o.square().sum(), inputs["q"], create_graph=True)
-    with pytest.raises(RuntimeError, match="autograd"):
+    with pytest.raises(RuntimeError, match="no derivative"):
         g.sum().backward()
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from subquad.ops.backend import without_autocast
 from subquad.ops.layout import expand_heads
+from subquad.ops.operation import operation, without_derivative
 from subquad.ops.recurrence import chunk, reference
 from subquad.ops.recurrence.plan import chunk_count
 
@@ -75,7 +76,7 @@ def step(q, k, v, decay, beta, scale, state) -> tuple[Tensor, Tensor]:
     return o.transpose(1, 2).to(v.dtype), last
 
 
-@torch.library.custom_op("subquad::recurrence_chunked", mutates_args=())
+@operation("recurrence_chunked")
 def chunked(
     q: Tensor,
     k: Tensor,
@@ -91,7 +92,7 @@ def chunked(
     return chunk.forward(q, k, v, decay, beta, scale, state, cu_seqlens, keep)
 
 
-@chunked.register_fake
+@torch.library.register_fake(chunked)
 def _(q, k, v, decay, beta, scale, state, cu_seqlens, keep):
     B, T, H, K = q.shape
     V, N = v.shape[3], None if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -101,7 +102,7 @@ def _(q, k, v, decay, beta, scale, state, cu_seqlens, keep):
     return v.new_empty(v.shape), last, v.new_empty(count * H, K, V, dtype=wide)
 
 
-@torch.library.custom_op("subquad::recurrence_chunked_backward", mutates_args=())
+@operation("recurrence_chunked_backward")
 def chunked_backward(
     do: Tensor | None,
     dlast: Tensor | None,
@@ -122,7 +123,7 @@ def chunked_backward(
     return dq, dk, dv, ddecay, dbeta, dstate
 
 
-@chunked_backward.register_fake
+@torch.library.register_fake(chunked_backward)
 def _(do, dlast, q, k, v, decay, beta, scale, cu_seqlens, states):
     grads = [q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (q, k, v, decay, beta)]
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -155,4 +156,5 @@ def _backward(ctx, do, dlast, _):
     )
 
 
-chunked.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd(chunked, _backward, setup_context=_save)
+without_derivative(chunked_backward)
