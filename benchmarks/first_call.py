@@ -65,7 +65,7 @@ def _mixed() -> Call:
     )
     tensors, rest = case.tensors("cuda")
     inputs = {n: t.cuda() for n, t in tensors.items()}
-    return lambda **x: mixed_attention(**x, **rest, backend="triton"), inputs
+    return lambda **x: mixed_attention(**x, **rest, backend="triton")[0], inputs
 
 
 def _probe() -> Call:
