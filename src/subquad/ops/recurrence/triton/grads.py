@@ -1,7 +1,8 @@
 """The gradients of a chunk's inputs, from the state before it and the gradient after it.
 
-All chunks at once, in two kernels: dA and Y, then the rest. With D and F of the passes over time
-(:mod:`scan`), S the state before the chunk and dS the gradient after it:
+All chunks at once: in one kernel where a block holds all key channels, so that everything is read
+once, else in two, dA and Y first. With D and F of the passes over time (:mod:`scan`), S the state
+before the chunk and dS the gradient after it:
 
     dA = lower(do D^T)           dq  = scale exp(G) (do S^T) + dA k
     Y  = strict_lower(F D^T)     Z   = exp(G) (F S^T) + Y k,    both from W and N
@@ -114,14 +115,15 @@ def score_grads(
 
 @Kernel
 def grads(
-    Q, K_, V_, G_, BETA, DO, D_, F_, HS, DHS, DA, Y, GS, FLAG, TABLE, DQ, DK, DG, DB,
+    Q, K_, V_, G_, BETA, DO, D_, F_, HS, DHS, DA, Y, GS, FLAG, TABLE, DQ, DK, DV, DG, DB,
     scale, T, H, HQ, HK, HV, HD, HB,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, STRONG: tl.constexpr,
     FUSE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """STRONG does the chunks that prepare flagged, the other call the rest. DB holds what
-    :func:`score_grads` wrote."""
+    """STRONG does the chunks that prepare flagged, the other call the rest. With BK < K, DA, Y, DV
+    and DB hold what :func:`score_grads` wrote."""
+    ALONE: tl.constexpr = BK >= K
     index = tl.program_id(0)
     h = tl.program_id(1)
     first, end, _, _, _, chunk = segment(TABLE, index, T, C, C, PACKED)
@@ -136,10 +138,13 @@ def grads(
         n = tl.arange(0, C)
         if DELTA:
             beta = numbers(BETA, first, left, HB, h * HB // H, C)
-            db = numbers(DB, first, left, H, h, C)
+            if ALONE:
+                db = tl.zeros([C], tl.float32)
+            else:
+                db = numbers(DB, first, left, H, h, C)
         if DECAY == HEAD:
             got = gates(G_, GS, first, left, HD, hd, chunk, H, h, C, FUSE)
-            rise, fall, whole = got[1], got[2], got[3]
+            G1, rise, fall, whole = got[0], got[1], got[2], got[3]
             gains = tl.zeros([C], tl.float32)
             tail = 0.0
         for column in range(0, K, BK):
@@ -148,6 +153,9 @@ def grads(
             dk = tl.zeros([C, BK], tl.float32)
             z = tl.zeros([C, BK], tl.float32)
             forget = tl.zeros([BK], tl.float32)
+            if ALONE:
+                a = tl.zeros([C, C], tl.float32)
+                y = tl.zeros([C, C], tl.float32)
             for value in range(0, V, BV):
                 r = value + tl.arange(0, BV)[:, None]
                 ok = (r < V) & (columns[None, :] < K)
@@ -160,17 +168,32 @@ def grads(
                     d = tile(D_, first, left, H, h, value, V, C, BV)
                     f = tile(F_, first, left, H, h, value, V, C, BV)
                     z = tl.dot(f, S, z, input_precision=PRECISION)
+                    if ALONE:
+                        v = tile(V_, first, left, HV, hv, value, V, C, BV)
+                        y = tl.dot(f, tl.trans(d), y, input_precision=PRECISION)
+                        db += tl.sum(f.to(tl.float32) * v.to(tl.float32), axis=1)
+                        put(DV, f * beta[:, None], first, left, H, h, value, V, C, BV)
                 else:
                     d = tile(V_, first, left, HV, hv, value, V, C, BV)
+                if ALONE:
+                    a = tl.dot(do, tl.trans(d), a, input_precision=PRECISION)
                 dk = tl.dot(d, dS, dk, input_precision=PRECISION)
                 if DECAY != NONE:
                     forget += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
 
             q = tile(Q, first, left, HQ, hq, column, K, C, BK)
             k = tile(K_, first, left, HK, hk, column, K, C, BK)
-            a = block(DA, chunk, H, h, 0, C, C, C)
-            if DELTA:
-                y = block(Y, chunk, H, h, 0, C, C, C)
+            if ALONE:
+                if DECAY == HEAD:
+                    lower = fade(G1[:, None], G1[None, :], n[:, None] >= n[None, :])
+                    a *= lower
+                    y *= lower
+                a = tl.where(n[:, None] >= n[None, :], a * scale, 0.0).to(kind)
+                y = tl.where(n[:, None] > n[None, :], y, 0.0).to(kind)
+            else:
+                a = block(DA, chunk, H, h, 0, C, C, C)
+                if DELTA:
+                    y = block(Y, chunk, H, h, 0, C, C, C)
             if DECAY == CHANNEL:
                 g = tile(G_, first, left, HD, hd, column, K, C, BK)
                 Gc = summed(g, C, EXACT)

@@ -336,22 +336,26 @@ def backward(
         dg = q.new_empty(shape, dtype=torch.float32)
     if p.delta:
         db = q.new_empty(p.B, p.T, p.H, dtype=torch.float32)
-    da = v.new_empty(p.chunks, p.H, C, C)
-    y = torch.empty_like(da) if p.delta else None
-    score_grads[(p.chunks, p.H)](
-        v, decay, beta, do, new, through, ready.GS, p.chunk_table, da, y, dv, db, scale, p.T,
-        **pick(sizes, "H", "HV", "HD", "HB"), V=p.V, C=C, DECAY=NAMES[p.decay], DELTA=p.delta,
-        PACKED=p.table is not None, FUSE=p.fuse, PRECISION=p.precision, **p.config("score_grads"),
-    )  # fmt: skip
+    da = y = None
+    c = p.config("grads")
+    if c["BK"] < p.K:
+        da = v.new_empty(p.chunks, p.H, C, C)
+        y = torch.empty_like(da) if p.delta else None
+        score_grads[(p.chunks, p.H)](
+            v, decay, beta, do, new, through, ready.GS, p.chunk_table, da, y, dv, db, scale, p.T,
+            **pick(sizes, "H", "HV", "HD", "HB"), V=p.V, C=C, DECAY=NAMES[p.decay],
+            DELTA=p.delta, PACKED=p.table is not None, FUSE=p.fuse, PRECISION=p.precision,
+            **p.config("score_grads"),
+        )  # fmt: skip
     for strong in (False, True) if p.decay == "channel" else (False,):
         grads[(p.chunks, p.H)](
             q, k, v, decay, beta, do, new, through, before, after, da, y, ready.GS, ready.flag,
-            p.chunk_table, dq, dk, dg, db, scale, p.T, **sizes,
+            p.chunk_table, dq, dk, dv, dg, db, scale, p.T, **sizes,
             **p.switches(
                 C=C, STRONG=strong, FUSE=p.fuse, EXACT=p.dtype == torch.float32,
                 PRECISION=p.precision,
             ),
-            **p.config("grads"),
+            **c,
         )  # fmt: skip
     return dq, dk, dv, dg, db, dstate
 
