@@ -129,6 +129,17 @@ def test_half_precision():
 
 
 @inside
+@pytest.mark.parametrize("dtype", [F32, torch.float16])
+def test_inverse_by_joins(dtype):
+    from subquad.ops.recurrence.triton import configs
+
+    config = {"BK": 64, "num_warps": 4, "num_stages": 1, "JOINED": True}
+    with configs.forced({"prepare": config}):
+        found = errors(Case("head", True, T=70, H=1, K=16, V=16, dtype=dtype), "cpu")
+    assert max(found.values()) < (2e-5 if dtype == F32 else 4e-3), found
+
+
+@inside
 def test_recurrent_form_and_one_token():
     case = Case("head", True, B=2, T=5, H=2, K=16, V=24, dtype=F32, state=True)
     inputs = case.draw("cpu")

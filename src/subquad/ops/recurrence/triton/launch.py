@@ -192,8 +192,9 @@ def prepared(p: Plan, q, k, decay, beta, scale: float, sizes: dict, back: bool) 
     def new(wanted: bool, *shape: int, dtype: torch.dtype = q.dtype) -> Tensor | None:
         return q.new_empty(*chunks, *shape, dtype=dtype) if wanted else None
 
+    c = {"JOINED": False, **p.config("prepare")}
     flag = new(channel, dtype=torch.int32)
-    scratch = new(p.delta, C, 16, dtype=torch.float32)
+    scratch = new(p.delta and not c["JOINED"], C, 16, dtype=torch.float32)
     width = 3 * (p.K if channel else C)
     out = Ready(
         A=new(True, C, C),
@@ -212,7 +213,7 @@ def prepared(p: Plan, q, k, decay, beta, scale: float, sizes: dict, back: bool) 
             **pick(sizes, "H", "HQ", "HK", "HD", "HB"),
             K=p.K, C=C, DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.table is not None,
             STRONG=strong, LIMIT=LIMITS[p.dtype], EXACT=p.dtype == torch.float32,
-            PRECISION=p.precision, **p.config("prepare"),
+            PRECISION=p.precision, **c,
         )  # fmt: skip
     return out
 
@@ -231,6 +232,7 @@ def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, sizes, **outs) 
         **p.switches(
             C=C, BK=configs.key_width(p.K), HAS_INIT=init is not None, OUTPUT="O" in outs,
             KEEP="HS" in outs, END="FINAL" in outs, SPLIT=split, FUSE=p.fuse,
+            FINE=p.fuse and p.dtype == torch.bfloat16,
             PRECISION=p.precision,
         ),
         **c,

@@ -185,11 +185,27 @@ def halves(S, C: tl.constexpr):
 def _join(X, N, S: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
     """Join the inverses of blocks of S rows in pairs: that of ``[[A, 0], [L, B]]`` has
     ``-B^-1 L A^-1`` below its diagonal. float16 keeps as many bits as tf32, and moves half."""
-    L = tl.where(halves(S, C), N, 0.0)
+    apart = tl.arange(0, C)[:, None] ^ tl.arange(0, C)[None, :]
+    L = tl.where(apart // S == 1, N, 0.0).to(N.dtype)
     if EXACT:
         return X - tl.dot(tl.dot(X, L, input_precision="tf32x3"), X, input_precision="tf32x3")
     half = X.to(tl.float16)
     return X - tl.dot(tl.dot(half, L.to(tl.float16)).to(tl.float16), half)
+
+
+@triton.jit
+def inverse_joined(N, C: tl.constexpr, EXACT: tl.constexpr):
+    """``(I + N)^-1`` of a strictly lower triangular ``N [C,C]``, joined from blocks of one row."""
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    X = tl.where(i == j, 1.0, tl.where((i ^ j) == 1, -N, 0.0))
+    if not EXACT:
+        N = N.to(tl.float16)
+    X = _join(X, N, 2, C, EXACT)
+    X = _join(X, N, 4, C, EXACT)
+    X = _join(X, N, 8, C, EXACT)
+    X = _join(X, N, 16, C, EXACT)
+    return _join(X, N, 32, C, EXACT)
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from subquad.ops.recurrence.triton.parts import (
     fade,
     halves,
     inverse,
+    inverse_joined,
     numbers,
     put_block,
     reference,
@@ -66,6 +67,7 @@ def prepare(
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, STRONG: tl.constexpr,
     LIMIT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    JOINED: tl.constexpr,
 ):  # fmt: skip
     """``back`` also writes P (no constant: both passes share the compiled kernel)."""
     index = tl.program_id(0)
@@ -139,8 +141,11 @@ def prepare(
         put_block(A, tl.where(i >= j, qk * scale, 0.0), chunk, H, h, 0, C, C, C)
         if DELTA:
             beta = numbers(BETA, first, left, HB, h * HB // H, C)
-            scratch = SCRATCH + at * (C * 16)
-            inv = inverse(tl.where(i > j, kk * beta[:, None], 0.0), scratch, C, EXACT)
+            N = tl.where(i > j, kk * beta[:, None], 0.0)
+            if JOINED:
+                inv = inverse_joined(N, C, EXACT)
+            else:
+                inv = inverse(N, SCRATCH + at * (C * 16), C, EXACT)
             if back:
                 put_block(P, inv, chunk, H, h, 0, C, C, C)
             inv *= beta[None, :]

@@ -60,9 +60,11 @@ def scan(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, HAS_INIT: tl.constexpr,
     OUTPUT: tl.constexpr, KEEP: tl.constexpr, END: tl.constexpr, SPLIT: tl.constexpr,
-    FUSE: tl.constexpr, PRECISION: tl.constexpr,
+    FUSE: tl.constexpr, FINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment of one head, BV columns of the state.
+
+    FINE lets the state and the scores enter o as two bfloat16 each, their rounding as the second.
 
     OUTPUT writes o; KEEP the state before every chunk (HS) and, for the delta rule, D; END the
     state after the last segment of a sequence. SPLIT starts every segment from zero (HAS_INIT then
@@ -126,6 +128,8 @@ def scan(
         if OUTPUT:
             q = _operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY)
             o = tl.dot(Sd, tl.trans(q), input_precision=PRECISION)
+            if FINE:
+                o = tl.dot((S - Sd).to(kind), tl.trans(q), o)
             if DECAY == HEAD:
                 o *= (rise * scale)[None, :]
             elif DECAY != CHANNEL:
@@ -136,7 +140,10 @@ def scan(
                     a *= fade(G[None, :], G[:, None], i >= j)
                 else:
                     a = tl.where(i >= j, a, 0.0)
+                exact = a
                 a = a.to(kind)
+                if FINE:
+                    o = tl.dot(Dd, (exact - a).to(kind), o)
             else:
                 a = tl.trans(block(A, chunk + n, H, h, 0, C, C, C))
             o = tl.dot(Dd, a, o, input_precision=PRECISION)
