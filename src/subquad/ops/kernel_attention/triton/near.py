@@ -67,16 +67,21 @@ def near_forward(
         see = _near(t[:, None], j[None, :], T, offset, C, BEFORE, WINDOW)
         see = see & (q_id[:, None] == k_id[None, :])
         s = tl.where(see, s, float("-inf"))
-        high = tl.max(s, 1)
-        where = tl.min(tl.where(s == high[:, None], j[None, :], S), 1)
-        arg = tl.where(high > top, where, arg)
-        new = tl.maximum(top, high)
+        most = tl.max(s, 1)
+        where = tl.min(tl.where(s == most[:, None], j[None, :], S), 1)
+        arg = tl.where(most > top, where, arg)
+        new = tl.maximum(top, most)
         safe = tl.where(new == float("-inf"), 0.0, new)
         fade = tl.exp2((top - safe) * LOG2E)
         p = tl.exp2((s - safe[:, None]) * LOG2E)
         den = den * fade + tl.sum(p, 1)
         v = _tile(V_, j, S, svt, V, BV)
-        out = out * fade[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        high = p.to(v.dtype)
+        out = out * fade[:, None] + tl.dot(high, v, input_precision=PRECISION)
+        if v.dtype != tl.float32:
+            # What rounding p leaves out: gradients that sum over the tokens would gather it.
+            low = (p - high.to(tl.float32)).to(v.dtype)
+            out += tl.dot(low, v, input_precision=PRECISION)
         top = new
     row = (r * T + t) * H + h
     d = tl.arange(0, BV)
