@@ -89,11 +89,9 @@ def test_found_keys_rise_and_lie_before_the_window():
 def test_products_are_few(monkeypatch):
     """At most 2 n log2(B / n) blocks are scored for a row; fewer where a half is known already."""
     scored = []
-    honest = HiP._score
+    honest = search.peaks
     monkeypatch.setattr(
-        HiP,
-        "_score",
-        lambda self, q, k, blocks: scored.append(blocks) or honest(self, q, k, blocks),
+        search, "peaks", lambda q, k, blocks, n: scored.append(blocks) or honest(q, k, blocks, n)
     )
     for representative, most in (("center", 2 * 7), ("first", 1 + 7)):
         policy = HiP(budget=32, representative=representative, **PLAIN)

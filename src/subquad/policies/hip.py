@@ -124,71 +124,12 @@ class HiP(Policy):
             int ``[B,N,R,n]``, the first keys of the blocks, rising, -1 where there are fewer; a row
             for every ``rows`` queries (the last one may be short); N is H, or G where shared.
         """
-        (B, T, H, _), (S, G), b, c = q.shape, k.shape[1:3], self.rows, self.block
-        N, n, R = G if self.share else H, -(-self.budget // c), -(-T // b)
-        # How far rows see is known without asking the device.
-        end = (S - T + b * torch.arange(1, R + 1) - self.window).clamp(0, S)
-        blocks, slot = -(-end // c), torch.arange(n, device=q.device)
-        # Short rows have no more keys than the budget; for them there is nothing to search.
-        short = int((end <= self.budget).sum())
-        held = n if q.is_cuda else n * c * q.shape[3]  # kernels copy no keys
-        parts, step = [], max(1, chosen.COPIED * (1 + 15 * q.is_cuda) // (B * N * held))
-        if short:
-            found = torch.where(slot < blocks[:short, None].to(q.device), slot, -1)
-            parts.append(found.int().expand(B, N, -1, -1))
-        for r in range(short, R, step):
-            own = blocks[r : r + step]
-            ends = torch.arange(n + 1, device=q.device)
-            bound = (own[:, None].to(q.device).double() / n * ends).int()
-            sample = self._sample(q, slice(r, r + len(own)), N)
-            parts.append(self._search(sample, k, bound[:, :-1], bound.diff(), own / n))
-        found = torch.cat(parts, 2)
-        return torch.where(found < 0, -1, found * c)
-
-    def _sample(self, q: Tensor, here: slice, N: int) -> Tensor:
-        """The queries that speak for the rows ``here``: every other one, of all heads that search
-        together, ``[B,N,r,m,K]``."""
-        (T, b), device = (q.shape[1], self.rows), q.device
-        first = b * torch.arange(here.start, here.stop, device=device)[:, None]
-        index = first + torch.arange(b > 1, b, 2, device=device)
-        # A row cut short repeats its last one (its first, where there is no other).
-        last = torch.where(index < T, index, first).amax(1, keepdim=True)
-        q = q[:, torch.where(index < T, index, last)].unflatten(3, (N, -1))  # [B,r,m,N,f,K]
-        return q.permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
-
-    def _search(self, q: Tensor, k: Tensor, a: Tensor, g: Tensor, span: Tensor) -> Tensor:
-        """Halve and choose: the first blocks ``[B,N,r,n]`` of the segments that survive, rising.
-
-        Args:
-            q: ``[B,N,r,m,K]``; k: ``[B,S,G,K]``.
-            a, g: int32 ``[r,n]``, where the segments begin and their sizes, in blocks of keys.
-            span: float ``[r]`` on the CPU, their mean size; it is halved until it is 1.
-        """
-        (B, N, r), n = q.shape[:3], a.shape[1]
-        a, g = (x.expand(B, N, r, n).contiguous() for x in (a, g))
-        first = self.representative == "first"
-        # A left half known by its first block has the score of the whole.
-        known = self._score(q, k, a) if first else None
-        while (live := int((span > 1).sum())) > 0:
-            # Spans never fall from row to row, so those still at work are the last.
-            own = (slice(None), slice(None), slice(r - live, None))
-            left, half = a[own], g[own] // 2
-            right = left + half
-            if known is None:
-                left_score = self._score(q[own], k, left + half // 2)
-                right_score = self._score(q[own], k, right + (g[own] - half) // 2)
-            else:
-                left_score, right_score = known[own], self._score(q[own], k, right)
-            a[own], g[own], score = select.halves(left, g[own], left_score, right_score)
-            if known is not None:
-                known[own] = score
-            span = span / 2
-        return a
-
-    def _score(self, q: Tensor, k: Tensor, blocks: Tensor) -> Tensor:
-        """The largest product of the queries ``[B,N,r,m,K]`` with a key of each block
-        ``[B,N,r,l]``."""
-        return select.peaks(q, k, blocks, self.block)
+        found = select.halving(
+            q, k, -(-self.budget // self.block), rows=self.rows, size=self.block,
+            window=self.window, center=self.representative == "center",
+            heads=k.shape[2] if self.share else None,
+        )  # fmt: skip
+        return torch.where(found < 0, -1, found * self.block)
 
     def _attend(self, call: Call, found: Tensor, rows: int, window: int) -> Tensor:
         """Each query over the keys found for its row, its window and the sinks, each key once."""

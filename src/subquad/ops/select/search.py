@@ -10,9 +10,9 @@ from torch import Tensor
 
 from subquad.ops import checks
 from subquad.ops.backend import interpreted
-from subquad.ops.layout import repeat_heads
+from subquad.ops.select.score import peaks
 
-CHUNK = 1 << 24  # elements of keys gathered at once
+COPIED = 1 << 24  # elements of keys copied at once where no kernel reads them in place
 
 
 def halving(
@@ -26,12 +26,14 @@ def halving(
     sample: tuple[int, int] = (1, 2),
     center: bool = False,
     offset: int | None = None,
+    heads: int | None = None,
 ) -> Tensor:
     """For every row of queries about the ``keep`` best of the key blocks before its window.
 
     The blocks are cut in ``keep`` segments. In each round every segment is halved, each half is
     scored by one of its blocks (the largest product of a sampled query with a key of it), and the
-    ``keep`` best halves go on, until segments are single blocks: 2 keep log2(n / keep) scores.
+    ``keep`` best halves go on, until segments are single blocks: 2 keep log2(n / keep) scores. The
+    device is asked nothing on the way.
 
     Args:
         q: ``[B,T,H,K]``; k: ``[B,S,G,K]``.
@@ -42,35 +44,41 @@ def halving(
         sample: (first, step) of the queries of a row that score.
         center: a segment is judged by its middle block, not by its first.
         offset: the key position of the first query; S - T where None.
+        heads: N, a multiple of G that divides H: H/N consecutive heads search together; H where
+            None.
 
     Returns:
-        int32 ``[B,H,R,keep]``, rising, -1 at the end where the row has fewer blocks.
+        int32 ``[B,N,R,keep]``, rising, -1 at the end where the row has fewer blocks.
     """
     for name, value in (("keep", keep), ("rows", rows), ("size", size)):
         checks.positive(name, value)
     checks.positive("window", window, zero=True)
     checks.shapes({"q": (q, "B T H K"), "k": (k, "B S G K")})
-    (B, T, H, K), S = q.shape, k.shape[1]
-    checks.divides("heads of k", k.shape[2], "heads of q", H)
+    (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
+    checks.divides("heads of k", G, "heads of q", H)
+    N = H if heads is None else heads
+    checks.divides("heads", N, "heads of q", H)
+    checks.divides("heads of k", G, "heads", N)
     offset = S - T if offset is None else offset
-    R = -(-T // rows)
+    R, slot = -(-T // rows), torch.arange(keep, device=q.device)
+    # How far rows see is known without asking the device.
+    ends = (offset + rows * torch.arange(1, R + 1)).clamp_max(offset + T) - window
+    blocks = -(-ends.clamp(0, S) // size)
+    # Short rows have no more blocks than are kept; for them there is nothing to search.
+    short = int((blocks <= keep).sum())
+    found = torch.where(slot < blocks[:short, None].to(q.device), slot, -1)
+    parts = [found.int().expand(B, N, -1, -1)]
+    held = keep if q.is_cuda else keep * size * K  # kernels copy no keys
+    step = max(1, COPIED * (1 + 15 * q.is_cuda) // max(1, B * N * held))
     with torch.no_grad():
-        keys = repeat_heads(k, H).transpose(1, 2)  # [B,H,S,K]
-        short = -T % rows
-        own = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, short)).unflatten(1, (R, rows))
-        first, step = sample if rows > 1 else (0, 1)
-        own = own[:, :, first::step].permute(0, 3, 1, 2, 4)  # [B,H,R,i,K]
-        ends = ((torch.arange(R, device=q.device) + 1) * rows).clamp_max(T) + offset - window
-        # The rows that stand beyond T are zeros: they must not score.
-        place = torch.arange(first, rows, step, device=q.device)
-        there = torch.arange(R, device=q.device)[:, None] * rows + place < T
-        chunk = max(1, CHUNK // max(1, B * H * 2 * keep * size * K))
-        parts = [
-            _search(own[:, :, r : r + chunk], there[r : r + chunk], keys, ends[r : r + chunk],
-                    keep, size, center)
-            for r in range(0, R, chunk)
-        ]  # fmt: skip
-    return torch.cat(parts, 2) if parts else k.new_zeros(B, H, 0, keep, dtype=torch.int32)
+        for r in range(short, R, step):
+            own = blocks[r : r + step]
+            steps = torch.arange(keep + 1, device=q.device)
+            bound = (own[:, None].to(q.device).double() / keep * steps).int()
+            asking = _sampled(q, range(r, r + len(own)), rows, N, sample)
+            segments = bound[:, :-1], bound.diff(), own / keep
+            parts.append(_search(asking, k, *segments, size, center))
+    return torch.cat(parts, 2)
 
 
 def halves(
@@ -98,40 +106,45 @@ def halves(
     return a, g, score.gather(-1, best)
 
 
-def _search(q, there, keys, ends, keep: int, size: int, center: bool) -> Tensor:
-    (B, H, S), R = keys.shape[:3], q.shape[2]
-    blocks = -(-ends.clamp_min(0) // size).double()[:, None]  # [R,1]
-    i = torch.arange(keep, device=q.device)
-    start = (blocks / keep * i).long()
-    length = (blocks / keep * (i + 1)).long() - start
-    start, length = (x.expand(B, H, R, keep) for x in (start, length))
-    width = (blocks / keep).squeeze(1)
-    while bool((width > 1).any()):
-        half = length // 2
-        starts = torch.cat([start, start + half], -1)
-        lengths = torch.cat([half, length - half], -1)
-        score = _judge(q, there, keys, starts + lengths // 2 if center else starts, size)
-        score = score.masked_fill(lengths < 1, -torch.inf)
-        best = score.topk(keep, -1)[1]
-        going = (width > 1)[:, None]
-        start = torch.where(going, starts.gather(-1, best), start)
-        length = torch.where(going, lengths.gather(-1, best), length)
-        width = width / 2
-    few = blocks <= keep
-    start = torch.where(few, i, start)
-    valid = torch.where(few, i < blocks, length >= 1)
-    start = start.masked_fill(~valid, S).sort(-1)[0]
-    return start.masked_fill(start == S, -1).int()
+def _sampled(q: Tensor, here: range, rows: int, N: int, sample: tuple[int, int]) -> Tensor:
+    """The queries that speak for the rows ``here``, of all heads that search together,
+    ``[B,N,r,m,K]``."""
+    T, device = q.shape[1], q.device
+    first = rows * torch.arange(here.start, here.stop, device=device)[:, None]
+    begin, step = sample if rows > 1 else (0, 1)
+    index = first + torch.arange(begin, rows, step, device=device)
+    # A row cut short repeats its last one (its first, where there is no other).
+    last = torch.where(index < T, index, first).amax(1, keepdim=True)
+    q = q[:, torch.where(index < T, index, last)].unflatten(3, (N, -1))  # [B,r,m,N,f,K]
+    return q.permute(0, 3, 1, 2, 4, 5).flatten(3, 4)
 
 
-def _judge(q, there, keys, block, size: int) -> Tensor:
-    """The largest product of a row's queries with the keys of each block: ``[B,H,R,n]``."""
-    (S, K), (R, n) = keys.shape[2:], block.shape[2:]
-    at = (block[..., None] * size + torch.arange(size, device=q.device)).flatten(2)
-    beyond = at >= S
-    found = keys.gather(2, at.clamp_max(S - 1)[..., None].expand(-1, -1, -1, K))
-    found = found.unflatten(2, (R, n * size))
-    s = torch.einsum("bhrik,bhrnk->bhrin", q.to(found.dtype), found)
-    s = s.masked_fill(~there[:, :, None], -torch.inf)
-    s = s.masked_fill(beyond.unflatten(2, (R, n * size))[:, :, :, None], -torch.inf)
-    return s.unflatten(-1, (n, size)).amax((3, 5))
+def _search(
+    q: Tensor, k: Tensor, a: Tensor, g: Tensor, span: Tensor, size: int, center: bool
+) -> Tensor:
+    """Halve and choose: the blocks ``[B,N,r,n]`` that survive, rising.
+
+    Args:
+        q: ``[B,N,r,m,K]``; k: ``[B,S,G,K]``.
+        a, g: int32 ``[r,n]``, where the segments begin and their sizes, in blocks of keys.
+        span: float ``[r]`` on the CPU, their mean size; it is halved until it is 1.
+    """
+    (B, N, r), n = q.shape[:3], a.shape[1]
+    a, g = (x.expand(B, N, r, n).contiguous() for x in (a, g))
+    # A left half known by its first block has the score of the whole.
+    known = None if center else peaks(q, k, a, size)
+    while (live := int((span > 1).sum())) > 0:
+        # Spans never fall from row to row, so those still at work are the last.
+        own = (slice(None), slice(None), slice(r - live, None))
+        left, half = a[own], g[own] // 2
+        right = left + half
+        if known is None:
+            left_score = peaks(q[own], k, left + half // 2, size)
+            right_score = peaks(q[own], k, right + (g[own] - half) // 2, size)
+        else:
+            left_score, right_score = known[own], peaks(q[own], k, right, size)
+        a[own], g[own], score = halves(left, g[own], left_score, right_score)
+        if known is not None:
+            known[own] = score
+        span = span / 2
+    return a
