@@ -195,7 +195,7 @@ def forward(
     rows, heads = launch.programs
     parts = _parts(launch, rows * heads)
     if parts == 1 and launch.divides_warps("forward", q, k, v):
-        from subquad.ops.attention.triton import hopper
+        from subquad.ops.attention.triton.hopper import launch as hopper
 
         o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         with _on(q):
@@ -246,7 +246,7 @@ def backward(
         strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if launch.divides_warps("grad_q", q, k, v, do):
-            from subquad.ops.attention.triton import hopper
+            from subquad.ops.attention.triton.hopper import launch as hopper
 
             hopper.grad_q(launch, q, k, v, do, lse2, delta, dq, scale)
         else:
@@ -268,7 +268,7 @@ def backward(
             return dq, dk.to(k.dtype), dv.to(v.dtype)
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=q.device) for x in (k, v))
         if launch.divides_warps("grad_kv", q, k, v, do):
-            from subquad.ops.attention.triton import hopper
+            from subquad.ops.attention.triton.hopper import launch as hopper
 
             hopper.grad_kv(launch, turned, q, k, v, do, lse2, delta, dk, dv, scale)
             return dq, dk, dv

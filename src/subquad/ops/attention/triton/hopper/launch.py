@@ -1,0 +1,77 @@
+"""From tensors to launches of the kernels for Hopper."""
+
+from collections.abc import Mapping
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from subquad.ops.attention.triton.configs import config, processors
+from subquad.ops.attention.triton.hopper.backward import hopper_grad_kv, hopper_grad_q
+from subquad.ops.attention.triton.hopper.forward import hopper_forward
+from subquad.ops.attention.triton.index import arguments
+
+
+def forward(launch, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> None:
+    """o ``[B,T,H,D]`` and lse ``[B,T,H]``, filled."""
+    found = config("hopper_forward", 128, launch.K, q.dtype.itemsize)
+    grid, tiles = _tiled(launch, launch.T, launch.H, found)
+    hopper_forward[grid](
+        _tiles(q, 64), _tiles(k, found["step"]), _tiles(v, found["step"]), o, lse,
+        *arguments(launch.index.lists), launch.index.table, launch.index.plane,
+        scale, tiles, *_sizes(launch, launch.index.rows), D=launch.K, BN=found["step"],
+        KIND=launch.index.kind, STAGES=found["num_stages"], num_warps=4,
+    )  # fmt: skip
+
+
+def grad_q(launch, q, k, v, do, lse2: Tensor, delta: Tensor, dq: Tensor, scale: float) -> None:
+    """dq ``[B,T,H,D]``, filled."""
+    found = config("hopper_grad_q", 128, launch.K, q.dtype.itemsize)
+    grid, tiles = _tiled(launch, launch.T, launch.H, found)
+    hopper_grad_q[grid](
+        _tiles(q, 64), _tiles(do, 64), _tiles(k, found["step"]), _tiles(v, found["step"]),
+        lse2, delta, dq, *arguments(launch.index.lists), launch.index.table, launch.index.plane,
+        scale, tiles, *_sizes(launch, launch.index.rows), D=launch.K, BN=found["step"],
+        KIND=launch.index.kind, STAGES=found["num_stages"], num_warps=4,
+    )  # fmt: skip
+
+
+def grad_kv(
+    launch, turned, q, k, v, do, lse2: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, scale: float
+) -> None:
+    """dk and dv ``[B,S,G,D]``, filled; ``turned`` are the lists by blocks of keys."""
+    found = config("hopper_grad_kv", 128, launch.K, q.dtype.itemsize)
+    grid, tiles = _tiled(launch, launch.S, launch.G, found)
+    hopper_grad_kv[grid](
+        _tiles(q, found["step"]), _tiles(do, found["step"]), _tiles(k, 64), _tiles(v, 64),
+        lse2, delta, dk, dv, *arguments(turned), launch.index.table, launch.index.plane,
+        scale, tiles, *_sizes(launch), D=launch.K, BM=found["step"],
+        KIND=launch.index.kind, STAGES=found["num_stages"], num_warps=4,
+    )  # fmt: skip
+
+
+def _tiled(launch, tokens: int, heads: int, found: Mapping[str, int]) -> tuple[tuple[int], int]:
+    """The grid, and how many tiles it takes: all at once or, under a band (``loop``), a program to
+    a multiprocessor, tile after tile. Lists of unequal lengths would leave some waiting."""
+    tiles = triton.cdiv(tokens, 128) * heads * launch.B
+    loop = found.get("loop") and launch.index.lists is None
+    most = processors(launch.index.plane.device.index) if loop else tiles
+    return (min(tiles, most),), tiles
+
+
+def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    """x as ``[B * tokens, heads * D]`` in tiles of one head, for the copy engine."""
+    flat = x.view(-1, x.shape[2] * x.shape[3])
+    kind = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    layout = gl.NVMMASharedLayout.get_default_for([rows, x.shape[3]], kind)
+    return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, x.shape[3]], layout)
+
+
+def _sizes(launch, *rows: int) -> tuple[int, ...]:
+    """The arguments from T to high."""
+    index = launch.index
+    return (
+        launch.T, launch.S, launch.offset, *rows, launch.H, launch.G, *index.shape, *index.bounds
+    )  # fmt: skip
