@@ -238,7 +238,7 @@ def figure(cells: dict[str, Any], path: Path) -> None:
     axes[1].legend(fontsize=8)
     shown.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    shown.savefig(path, metadata={"Date": None})
+    shown.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     plt.close(shown)
 
 

@@ -20,7 +20,7 @@ CARDS = systems()
 # Lowest first; a room imports from its own floor and those below.
 FLOORS = (
     ("catalogue",),
-    ("mask", "state", "checkpoint"),
+    ("lazy", "mask", "state", "checkpoint"),
     ("ops",),
     ("parallel",),
     ("mixers", "policies", "caches"),

@@ -1,7 +1,6 @@
 """Models: blocks around mixers, at home in transformers."""
 
-from importlib import import_module
-from typing import Any
+from subquad.lazy import getter
 
 _HOMES = {
     "CausalLM": "subquad.models.causal_lm",
@@ -13,9 +12,4 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'subquad.models' has no attribute {name!r}")
+__getattr__ = getter(__name__, _HOMES)

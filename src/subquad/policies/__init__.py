@@ -1,7 +1,6 @@
 """One file per inference-time system, for pretrained models. See :mod:`subquad.policies.base`."""
 
-from importlib import import_module
-from typing import Any
+from subquad.lazy import getter
 
 _HOMES = {
     "AdaSnapKV": "subquad.policies.ada_snapkv",
@@ -20,9 +19,4 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'subquad.policies' has no attribute {name!r}")
+__getattr__ = getter(__name__, _HOMES)

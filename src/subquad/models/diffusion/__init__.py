@@ -1,7 +1,6 @@
 """Diffusion models: a transformer of any mixers that learns a flow from noise to images."""
 
-from importlib import import_module
-from typing import Any
+from subquad.lazy import getter
 
 _HOMES = {
     "BATCH": "subquad.models.diffusion.sampling",
@@ -13,9 +12,4 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'subquad.models.diffusion' has no attribute {name!r}")
+__getattr__ = getter(__name__, _HOMES)

@@ -1,7 +1,6 @@
 """Vision models: an isotropic and a four-stage backbone around any mixer."""
 
-from importlib import import_module
-from typing import Any
+from subquad.lazy import getter
 
 _HOMES = {
     "VisionConfig": "subquad.models.vision.config",
@@ -10,9 +9,4 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'subquad.models.vision' has no attribute {name!r}")
+__getattr__ = getter(__name__, _HOMES)
