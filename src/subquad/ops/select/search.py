@@ -61,8 +61,8 @@ def halving(
     checks.divides("heads of k", G, "heads", N)
     offset = S - T if offset is None else offset
     R, slot = -(-T // rows), torch.arange(keep, device=q.device)
-    # How far rows see is known without asking the device.
-    ends = (offset + rows * torch.arange(1, R + 1)).clamp_max(offset + T) - window
+    # How far rows see is known without asking the device; one cut short sees as far as a whole one.
+    ends = offset + rows * torch.arange(1, R + 1) - window
     blocks = -(-ends.clamp(0, S) // size)
     # Short rows have no more blocks than are kept; for them there is nothing to search.
     short = int((blocks <= keep).sum())
