@@ -285,7 +285,7 @@ def test_custom_op(packed):
         x = {n: t.requires_grad_() for n, t in x.items()}
         cu = torch.tensor([0, 9, 9, 10, 20], dtype=torch.int32) if packed else None
         inputs = (x["q"], x["k"], x["v"], x.get("decay"), x.get("beta"), 0.5, x["state"], cu, True)
-        torch.library.opcheck(chunked, inputs)
+        torch.library.opcheck(chunked.overload, inputs)
 
 
 def test_compiles_to_one_graph():

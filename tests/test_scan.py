@@ -59,7 +59,7 @@ def test_gradients(complex):
 
 def test_op_keeps_the_rules_of_torch():
     x, decay, state = inputs(T=5)
-    torch.library.opcheck(_scan, (x.requires_grad_(), decay.exp(), state))
+    torch.library.opcheck(_scan.overload, (x.requires_grad_(), decay.exp(), state))
 
 
 def test_one_gate_sums_and_no_gate_forgets():

@@ -83,7 +83,9 @@ def test_operator_contract():
     hi = torch.arange(1, 10, dtype=torch.int32, device=DEVICE)[None]
     home = "subquad.ops.probe.triton.launch"
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(node.run, (*leaves, lo, hi, 0.25, True, True, home), test_utils=tests)
+    torch.library.opcheck(
+        node.run.overload, (*leaves, lo, hi, 0.25, True, True, home), test_utils=tests
+    )
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

@@ -134,7 +134,7 @@ def test_is_a_well_formed_operation(decay, delta):
     x = Case(decay, delta, T=130, state=True).draw("cuda")
     names = ("q", "k", "v", "decay", "beta", "state")
     leaves = [None if x[n] is None else x[n].requires_grad_() for n in names]
-    torch.library.opcheck(op._forward, (*leaves, None, 0.1))
+    torch.library.opcheck(op._forward.overload, (*leaves, None, 0.1))
 
 
 def test_decode_in_a_cuda_graph():

@@ -1,29 +1,36 @@
 """Functions that launch kernels as PyTorch operations: opaque to autograd, compile and export.
 
 ``torch.library.custom_op`` does the same, but its first call imports PyTorch's compiler, seconds
-that a program which compiles nothing would wait for.
+that a program which compiles nothing would wait for. And its every call goes through the
+dispatcher several times in Python, which takes longer than a short kernel: where nothing looks on
+(no compiler, mode, transform or tensor subclass), an :class:`Operation` calls its function itself.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import torch
-from torch._ops import OpOverload
+from torch import Tensor
+
+# What calls may hold that need no dispatcher; subclasses of tensors (fakes among them) do.
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_PLAIN = frozenset({NoneType, bool, int, float, str, list})
 
 
-def operation(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
-    """Make a function the operation ``subquad::name``; it must not change its inputs.
+class Operation:
+    """The operation ``subquad::name``. A call gives all inputs, by place.
 
-    ``torch.library.register_fake`` gives its fake, ``register_autograd`` its derivative, or
-    :func:`without_derivative` says that it has none.
+    Attributes:
+        overload: what compilers see, ``torch.ops.subquad.name.default``.
     """
 
-    def define(function: Callable[..., Any]) -> OpOverload:
+    def __init__(self, name: str, function: Callable[..., Any], mutates: tuple[str, ...]) -> None:
         whole = f"subquad::{name}"
-        schema = torch.library.infer_schema(function, mutates_args=())
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
         torch.library.define(whole, schema, tags=(torch.Tag.pt2_compliant_tag,))
         untraced = torch._disable_dynamo(function)  # at its first call it imports the compiler
 
@@ -31,16 +38,62 @@ def operation(name: str) -> Callable[[Callable[..., Any]], OpOverload]:
             return (untraced if "torch._dynamo" in sys.modules else function)(*inputs)
 
         torch.library.impl(whole, "default", run)
-        found: OpOverload = getattr(torch.ops.subquad, name).default
-        return found
+        self.overload = getattr(torch.ops.subquad, name).default
+        self._run = run
+        self._node: Any = None
 
-    return define
+    def __call__(self, *inputs: Any) -> Any:
+        if torch.compiler.is_compiling() or not _alone(inputs):
+            return self.overload(*inputs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return self._node.apply(*inputs)
+        return self._run(*inputs)
+
+    def fake(self, function: Callable[..., Any]) -> None:
+        """Decorates the function that gives results without values."""
+        torch.library.register_fake(self.overload, function)
+
+    def differentiable(self, backward: Callable[..., Any], save: Callable[..., Any]) -> None:
+        """``save(ctx, inputs, output)`` keeps what ``backward(ctx, *grads)`` needs."""
+        torch.library.register_autograd(self.overload, backward, setup_context=save)
+        run = self._run
+
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            output = run(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        names = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._node = type(f"{self.overload}", (torch.autograd.Function,), names)
+
+    def without_derivative(self) -> None:
+        """A backward pass through it raises RuntimeError (else it would find no gradient)."""
+
+        def derive(ctx: Any, *grads: Any) -> None:
+            raise RuntimeError(f"{self.overload} has no derivative")
+
+        self.differentiable(derive, lambda ctx, inputs, output: None)
 
 
-def without_derivative(op: OpOverload) -> None:
-    """A backward pass through ``op`` raises RuntimeError (else it would find no gradient)."""
+def operation(
+    name: str, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Operation]:
+    """Make a function the operation ``subquad::name``; it may change only the inputs that it
+    ``mutates``."""
+    return lambda function: Operation(name, function, mutates)
 
-    def derive(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"{op} has no derivative")
 
-    torch.library.register_autograd(op, derive, setup_context=lambda ctx, inputs, output: None)
+def _alone(inputs: tuple[Any, ...]) -> bool:
+    """Whether neither a mode, a transform, a trace nor an input's type asks to see the call."""
+    for x in inputs:
+        kind = type(x)
+        if kind in _TENSORS:
+            if x.is_meta:
+                return False
+        elif kind not in _PLAIN:
+            return False
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+    )

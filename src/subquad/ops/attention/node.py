@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from subquad.mask import Mask
 from subquad.mask.spec import from_spec
-from subquad.ops.operation import operation, without_derivative
+from subquad.ops.operation import operation
 
 _CONSTANTS: dict[Mask, int] = {}
 
@@ -35,7 +35,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Attention by the implementation in the module ``home``, differentiable."""
     if torch.compiler.is_compiling():
-        return torch.ops.subquad.attention(q, k, v, _constant(mask.spec()), scale, offset, home)
+        return _forward_op(q, k, v, _constant(mask.spec()), scale, offset, home)
     return _Node.apply(home, q, k, v, mask, scale, offset)
 
 
@@ -63,7 +63,7 @@ def _forward_op(
     return o.contiguous(), lse.contiguous()
 
 
-@torch.library.register_fake(_forward_op)
+@_forward_op.fake
 def _(q, k, v, mask, scale, offset, home):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
@@ -80,7 +80,7 @@ def _backward_op(
     return tuple(x.contiguous() for x in got)
 
 
-@torch.library.register_fake(_backward_op)
+@_backward_op.fake
 def _(do, dlse, q, k, v, o, lse, mask, scale, offset, home):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
@@ -91,9 +91,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, do, dlse):
-    got = torch.ops.subquad.attention_backward(do, dlse, *ctx.saved_tensors, *ctx.rest)
+    got = _backward_op(do, dlse, *ctx.saved_tensors, *ctx.rest)
     return *got, None, None, None, None
 
 
-torch.library.register_autograd(_forward_op, _differentiate, setup_context=_save)
-without_derivative(_backward_op)
+_forward_op.differentiable(_differentiate, _save)
+_backward_op.without_derivative()

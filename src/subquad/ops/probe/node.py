@@ -13,7 +13,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from subquad.ops.operation import operation, without_derivative
+from subquad.ops.operation import operation
 
 
 @operation("probe")
@@ -26,7 +26,7 @@ def run(
     return import_module(home).forward(q, k, v, r, lo, hi, scale, saves, peak)
 
 
-@torch.library.register_fake(run)
+@run.fake
 def _(q, k, v, r, lo, hi, scale, saves, peak, home):
     dtype = torch.promote_types(q.dtype, torch.float32)
     o = v.new_empty(*q.shape[:3], v.shape[3])
@@ -45,7 +45,7 @@ def _backward(
     return tuple(x.contiguous() for x in got)
 
 
-@torch.library.register_fake(_backward)
+@_backward.fake
 def _(do, dlse, q, k, v, r, lo, hi, o, mean, lse, drift, scale, home):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, r))
 
@@ -63,5 +63,5 @@ def _differentiate(ctx, do, _mean, dlse, _drift, _top):
     return *got, None, None, None, None, None, None
 
 
-torch.library.register_autograd(run, _differentiate, setup_context=_save)
-without_derivative(_backward)
+run.differentiable(_differentiate, _save)
+_backward.without_derivative()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.ops.operation import operation, without_derivative
+from subquad.ops.operation import operation
 from subquad.ops.probe import node
 
 
@@ -111,7 +111,7 @@ def _solve(
     return conjugate_gradients(apply, b, steps)
 
 
-@torch.library.register_fake(_solve)
+@_solve.fake
 def _(b, mean, q, k, penalty, lo, hi, scale, steps, home):
     return torch.empty_like(b)
 
@@ -125,7 +125,7 @@ def _solution(
     return r.clone()
 
 
-@torch.library.register_fake(_solution)
+@_solution.fake
 def _(residual, r, *_):
     return torch.empty_like(r)
 
@@ -141,5 +141,5 @@ def _differentiate(ctx, dr):
     return _solve(dr.contiguous(), mean, q, k, penalty, *rest), *[None] * 10
 
 
-torch.library.register_autograd(_solution, _differentiate, setup_context=_save)
-without_derivative(_solve)
+_solution.differentiable(_differentiate, _save)
+_solve.without_derivative()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subquad.ops.backend import without_autocast
 from subquad.ops.layout import expand_heads
-from subquad.ops.operation import operation, without_derivative
+from subquad.ops.operation import operation
 from subquad.ops.recurrence import chunk, reference
 from subquad.ops.recurrence.plan import chunk_count
 
@@ -92,7 +92,7 @@ def chunked(
     return chunk.forward(q, k, v, decay, beta, scale, state, cu_seqlens, keep)
 
 
-@torch.library.register_fake(chunked)
+@chunked.fake
 def _(q, k, v, decay, beta, scale, state, cu_seqlens, keep):
     B, T, H, K = q.shape
     V, N = v.shape[3], None if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -123,7 +123,7 @@ def chunked_backward(
     return dq, dk, dv, ddecay, dbeta, dstate
 
 
-@torch.library.register_fake(chunked_backward)
+@chunked_backward.fake
 def _(do, dlast, q, k, v, decay, beta, scale, cu_seqlens, states):
     grads = [q.new_empty(0) if t is None else t.new_empty(t.shape) for t in (q, k, v, decay, beta)]
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -156,5 +156,5 @@ def _backward(ctx, do, dlast, _):
     )
 
 
-torch.library.register_autograd(chunked, _backward, setup_context=_save)
-without_derivative(chunked_backward)
+chunked.differentiable(_backward, _save)
+chunked_backward.without_derivative()

@@ -46,7 +46,7 @@ def _scan(x: Tensor, a: Tensor, first: Tensor) -> Tensor:
     return _chunked(x, a, first)
 
 
-@torch.library.register_fake(_scan)
+@_scan.fake
 def _(x: Tensor, a: Tensor, first: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -64,7 +64,7 @@ def _backward(ctx: Any, dh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return G, G * before.conj(), G[:, 0] * a[:, 0].conj()
 
 
-torch.library.register_autograd(_scan, _backward, setup_context=_save)
+_scan.differentiable(_backward, _save)
 
 
 def _chunked(x: Tensor, a: Tensor, first: Tensor) -> Tensor:

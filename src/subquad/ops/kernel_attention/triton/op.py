@@ -13,7 +13,7 @@ from subquad.ops.kernel_attention.exact import Band
 from subquad.ops.kernel_attention.near import How
 from subquad.ops.kernel_attention.torch import mix
 from subquad.ops.kernel_attention.triton import near as kernels
-from subquad.ops.operation import operation, without_derivative
+from subquad.ops.operation import operation
 
 TILE = 64  # rows and columns; smaller ones are wrong in backward passes on Hopper
 LEAST = 16  # features that a product of tensor cores takes at least
@@ -33,7 +33,7 @@ def _near(
     assert extra is None
     q_ids, k_ids = q_ids.to(torch.int32).contiguous(), k_ids.to(torch.int32).contiguous()
     sizes = [band.block, band.before, band.window]
-    n, d, _, _ = torch.ops.subquad.near_sums(q, k, v, q_ids, k_ids, sizes, scale)
+    n, d, _, _ = near_sums(q, k, v, q_ids, k_ids, sizes, scale)
     return n, d[..., None]
 
 
@@ -67,7 +67,7 @@ def near_sums(
     return n, d, top, arg
 
 
-@torch.library.register_fake(near_sums)
+@near_sums.fake
 def _(q, k, v, q_ids, k_ids, sizes, scale):
     rows = q.shape[:3]
     d, top = (q.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -95,7 +95,7 @@ def near_sums_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-@torch.library.register_fake(near_sums_backward)
+@near_sums_backward.fake
 def _(dn, dd, q, k, v, q_ids, k_ids, n, d, top, arg, sizes, scale):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
@@ -108,11 +108,9 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, dn, dd, _top, _arg):
     q, k, v, q_ids, k_ids, n, d, top, arg = ctx.saved_tensors
-    got = torch.ops.subquad.near_sums_backward(
-        dn, dd, q, k, v, q_ids, k_ids, n, d, top, arg, ctx.sizes, ctx.scale
-    )
+    got = near_sums_backward(dn, dd, q, k, v, q_ids, k_ids, n, d, top, arg, ctx.sizes, ctx.scale)
     return *got, None, None, None, None
 
 
-torch.library.register_autograd(near_sums, _differentiate, setup_context=_save)
-without_derivative(near_sums_backward)
+near_sums.differentiable(_differentiate, _save)
+near_sums_backward.without_derivative()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.ops.operation import operation, without_derivative
+from subquad.ops.operation import operation
 from subquad.ops.recurrence.triton import launch
 
 
@@ -118,18 +118,18 @@ def _ends(q, k, v, decay, beta, cu_seqlens) -> tuple[Tensor, Tensor]:
     return o, v.new_empty(N, H, q.shape[3], v.shape[3], dtype=torch.float32)
 
 
-@torch.library.register_fake(_steps)
+@_steps.fake
 def _(q, k, v, decay, beta, state, cu_seqlens, scale):
     return _ends(q, k, v, decay, beta, cu_seqlens)
 
 
-@torch.library.register_fake(_forward)
+@_forward.fake
 def _(q, k, v, decay, beta, state, cu_seqlens, scale, trains=False):
     p = launch.plan(q, k, v, decay, beta, cu_seqlens, tables=False)
     return *_ends(q, k, v, decay, beta, cu_seqlens), *launch.carried(p, v)
 
 
-@torch.library.register_fake(_backward)
+@_backward.fake
 def _(do, dfinal, q, k, v, decay, beta, state, cu_seqlens, starts, link, scale):
     inputs = (q, k, v, decay, beta, state)
     return tuple(
@@ -158,6 +158,6 @@ def _derive(ctx, do, dfinal, *_):
     return *grads, None, None, None
 
 
-torch.library.register_autograd(_forward, _derive, setup_context=_setup)
-without_derivative(_steps)
-without_derivative(_backward)
+_forward.differentiable(_derive, _setup)
+_steps.without_derivative()
+_backward.without_derivative()
