@@ -6,7 +6,8 @@ Each row is first checked against float64; a row that is not right stops the run
 is printed. Rows go by importance, all sides of a row one after the other, and the file is written
 after each. No row begins after ``--limit`` seconds; ``--rows`` picks, ``--resume`` keeps those of
 earlier files. The peer tunes itself for minutes, so it runs in a process with a limit of its own;
-what it has tuned stays in Triton's cache.
+what it has compiled stays in Triton's cache: ``--peer-row`` beforehand, on a GPU that others share
+and with FLA_CACHE_RESULTS=0 (nothing timed there may count), leaves it only the tuning.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from subquad.bench.recurrence import Case, gate
+from subquad.bench.results import write_json
 from subquad.ops.recurrence import recurrence
 
 LONG = {"B": 1, "T": 32768, "H": 16, "K": 128, "V": 128}
@@ -212,13 +214,6 @@ def line(name: str, row: dict[str, Any]) -> str:
     return f"{name:34}|{sides} {floor:6.0%} {peak:7.2f} {first:6.1f}"
 
 
-def write(path: Path, data: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(aside, path)
-
-
 def measure(
     name: str, case: Case, ceilings: dict[str, float], limit: float, first_call: bool
 ) -> dict[str, Any]:
@@ -247,7 +242,7 @@ def main() -> None:
     parser.add_argument("--first-call", action="store_true", help="time compilation, too")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--resume", type=Path, nargs="+", default=[], help="files of earlier rows")
-    parser.add_argument("--peer-row", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--peer-row", choices=ROWS, metavar="ROW", help="the peer alone, no file")
     parser.add_argument("--first-row", choices=ROWS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peer_row:
@@ -266,7 +261,9 @@ def main() -> None:
             data["rows"][name] = measure(
                 name, ROWS[name], measured, arguments.peer_limit, arguments.first_call
             )
-            write(arguments.out, data)
+            write_json(arguments.out, data)
+    if arguments.resume:
+        write_json(arguments.out, data)
     print(data["made"], {k: f"{v:.3g}" for k, v in measured.items()})
     print(
         f"{'ms':34}|     ours fwd+bwd |     peer fwd+bwd |    dense fwd+bwd | floor/fwd GiB first s"
