@@ -23,6 +23,7 @@ from subquad.tasks.prose import NOISE, essay
 from subquad.tasks.ruler import FORMS, NIAHText
 from subquad.tasks.state_tracking import permutations, products
 from subquad.tasks.text import split
+from subquad.tasks.tokens import encode, encode_all
 from subquad.tasks.words import NEEDLE_ADJECTIVES, NEEDLE_NOUNS
 
 # Every task, small, in each of its variants.
@@ -577,6 +578,20 @@ def test_pretrained_tokenizer(shared):
     text = create_task("text", length=64, tokenizer=tokenizer)
     batch = text.batch(3, 0)
     assert torch.equal(batch.inputs[:, 1:], batch.labels[:, :-1])
+
+
+def test_texts_encoded_at_once_are_as_one_by_one(shared):
+    transformers = pytest.importorskip("transformers")
+    folder = shared / "models" / "needle-16m"
+    pretrained = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    cuts = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    cuts.backend_tokenizer.enable_truncation(3)
+    written = [Path(re.__file__).read_text()[:3000], "", "é\n  x = 1"]
+    for tokenizer in (None, pretrained, pretrained.backend_tokenizer, cuts):
+        want = [encode(tokenizer, text) for text in written]
+        assert encode_all(tokenizer, written) == want
+        assert min(map(len, want)) == 0
+        assert max(map(len, want)) > 500
 
 
 def test_prose_holds_no_needle_and_no_digit():

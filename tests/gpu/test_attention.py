@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from subquad import mask
 from subquad.mask.algebra import Band
@@ -249,6 +250,23 @@ def test_whole_tiles_are_the_same_twice():
         found.append((o, *torch.autograd.grad(o, (q, k, v), torch.ones_like(o) * 0.1)))
     for again in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
+
+
+@pytest.mark.skipif(not CUDA, reason="a GPU's own kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_grouped_heads_are_fused(dtype):
+    """PyTorch's kernels run, forward and backward, where its plain softmax is forbidden."""
+    torch.manual_seed(0)
+    shapes = (2, 300, 6, 64), (2, 300, 2, 64), (2, 300, 2, 64)
+    inputs = [torch.randn(s, device=DEVICE).to(dtype).requires_grad_() for s in shapes]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    with sdpa_kernel(fused):
+        o = attention(*inputs, mask.causal(), backend="sdpa")
+        got = o, *torch.autograd.grad(o.sum(), inputs)
+    o = attention(*exact, mask.causal(), backend="reference")
+    for a, b in zip(got, (o, *torch.autograd.grad(o.sum(), exact)), strict=True):
+        assert (a.double() - b).norm() < TOLERANCE[dtype] * b.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

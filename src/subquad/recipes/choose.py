@@ -102,4 +102,4 @@ def _softmax(recipe: Recipe) -> Recipe:
 
 
 def _logits(model: CausalLM, tokens: Tensor) -> Tensor:
-    return torch.cat([model(row[None], use_cache=False).logits for row in tokens])
+    return model(tokens, use_cache=False).logits

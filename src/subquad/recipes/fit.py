@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +62,15 @@ def fit(
     unread: list[Mapping[str, Tensor]] = []
     saved = since = time.perf_counter()
     begun = run.step
-    draw = partial(texts.tokens, stage.batch, stage.length)
+
+    def draw(seed: int) -> Tensor:
+        tokens = texts.tokens(stage.batch, stage.length, seed)
+        return tokens.pin_memory() if device.type == "cuda" else tokens
+
     with Ahead(draw, stage.seed, run.step) as batches:
         while run.step < stage.steps:
-            unread.append(run.update(next(batches).to(device), step))
+            # From pinned memory nothing waits for the step before.
+            unread.append(run.update(next(batches).to(device, non_blocking=True), step))
             now = time.perf_counter()
             last = run.step == stage.steps
             due = (

@@ -72,6 +72,8 @@ def stepper(
                     loss = difference(mixers[l], x, target, stage.target)
                 (loss * stage.scale).backward()
                 losses[f"layer {l}"] = loss.detach()
+            if l == last:
+                break
             with torch.no_grad(), autocast():
                 h = h + y
                 if block.mlp is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from subquad.ops import checks
 from subquad.tasks.base import EVAL_SEEDS, Batch, Task, to_batch
-from subquad.tasks.tokens import encode, vocabulary
+from subquad.tasks.tokens import encode_all, vocabulary
 
 HELD_OUT = 0.05
 _SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib"}
@@ -68,7 +68,7 @@ class Text(Task):
         checks.positive("seed", seed, zero=True)
         corpus = self._parts[seed >= EVAL_SEEDS]
         rng = self.generator(seed)
-        rows = np.array([self._window(corpus, rng) for _ in range(n)])
+        rows = np.array(self._windows(corpus, rng, n))
         return to_batch(rows[:, :-1], rows[:, 1:])
 
     def score(self, logits: Tensor, batch: Batch) -> dict[str, float]:
@@ -79,18 +79,22 @@ class Text(Task):
         means = super().combine(scores)
         return {**means, "perplexity": math.exp(min(means["loss"], 700))}
 
-    def _window(self, corpus: Corpus, rng: np.random.Generator) -> list[int]:
+    def _windows(self, corpus: Corpus, rng: np.random.Generator, n: int) -> list[list[int]]:
+        """``n`` rows of ``length + 1`` tokens."""
         wanted = self.length + 1
         if self.tokenizer is None:
-            start = int(rng.integers(corpus.size - self.length))
-            return list(corpus.read(start, wanted))
-        start, size = int(rng.integers(corpus.size)), 6 * wanted
-        while True:
+            starts = [int(rng.integers(corpus.size - self.length)) for _ in range(n)]
+            return [list(corpus.read(start, wanted)) for start in starts]
+        starts = [int(rng.integers(corpus.size)) for _ in range(n)]
+        rows: list[list[int]] = [[] for _ in starts]
+        size = 6 * wanted
+        while short := [i for i, row in enumerate(rows) if len(row) < wanted]:
             # Text that reaches the end goes on at the start.
-            ids = encode(self.tokenizer, corpus.text(start, size))
-            if len(ids) >= wanted:
-                return ids[:wanted]
+            found = encode_all(self.tokenizer, [corpus.text(starts[i], size) for i in short])
+            for i, ids in zip(short, found, strict=True):
+                rows[i] = ids[:wanted]
             size *= 2
+        return rows
 
 
 @dataclass(frozen=True)
