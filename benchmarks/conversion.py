@@ -1,21 +1,29 @@
 """What conversions of a small pretrained model lose, and what they save.
 
     python benchmarks/conversion.py MODEL              # all cells (a GPU; minutes)
-    python benchmarks/conversion.py MODEL --cell lolcats --cell teacher
+    python benchmarks/conversion.py MODEL --cell teacher --cell "lolcats, 1k texts" --alone
+    python benchmarks/conversion.py MODEL --cell "lolcats, 1k texts" --work runs/conversion
+    python benchmarks/conversion.py MODEL --report --take runs/*/conversion*.json
 
 Every cell converts MODEL on the source of Python's standard library with one recipe and one choice
 of kept layers, then measures perplexity on held-out files at 1,024 tokens, needles in a haystack,
-and the bytes of the cache. Cells are written to results/conversion.json one by one and are not
-measured again; ``--report`` writes the section of docs/evidence.md.
+and the bytes of the cache. Each is written to --out as it ends, beside what other processes wrote
+there meanwhile, and is not measured again unless its definition has changed. With ``--work`` a
+conversion that was stopped goes on (its seconds are then not known). ``--alone`` says that nobody
+else uses the machine. ``--take`` adds the cells of other files, ``--report`` writes the section of
+docs/evidence.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import random
+import re
 import tempfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +36,8 @@ from subquad.bench import units
 from subquad.bench.policies import Host, Study
 from subquad.bench.results import machine, write_json, write_section
 from subquad.recipes import create_recipe
-from subquad.recipes.base import Transfer, Tune
+from subquad.recipes.base import Recipe, Transfer, Tune
+from subquad.recipes.conversion import Lines
 from subquad.tasks import create_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +54,8 @@ LONG: dict[str, Any] = {"steps": 200, "length": 8192, "batch": 1}
 SHORT: dict[str, Any] = {"steps": 200, "length": 1024, "batch": 8}
 LORA = {"lr": 2e-3, "warmup": 20}  # the published rate, 1e-4, is one for 7 B parameters
 PLAIN = {"map_rotary": False}
+WIDE = {**PLAIN, "window": 128}
+THRICE = {"lr": 3e-2}  # the maps of layer 0 are seven times nearer after as many tokens
 BEST = "lolcats, maps without rotation"
 # The recipe, its kept layers, the stages run where not all, options of the mixer, the dtype, what
 # every stage has (set), the transfer and the tuning have instead of the recipe's own.
@@ -57,12 +68,20 @@ CELLS: dict[str, dict[str, Any]] = {
         "tune": LORA,
     },
     f"{BEST}, best layer kept, 500 steps, windows of 128, twice the tokens": {
-        "recipe": "lolcats", "keep": 1, "options": {**PLAIN, "window": 128},
+        "recipe": "lolcats", "keep": 1, "options": WIDE,
         "set": {**LONG, "steps": 500, "batch": 2}, "tune": LORA, "dtype": "bfloat16",
     },
     f"{BEST}, best layer kept, 500 steps, thrice the rate": {
         "recipe": "lolcats", "keep": 1, "options": PLAIN, "set": {**LONG, "steps": 500},
-        "transfer": {"lr": 3e-2}, "tune": LORA,
+        "transfer": THRICE, "tune": LORA,
+    },
+    f"{BEST}, best layer kept, windows of 128, thrice the rate": {
+        "recipe": "lolcats", "keep": 1, "options": WIDE, "set": LONG, "transfer": THRICE,
+        "tune": LORA,
+    },
+    f"{BEST}, random layer kept, windows of 128, thrice the rate": {
+        "recipe": "lolcats", "keep": RANDOM, "options": WIDE, "set": LONG, "transfer": THRICE,
+        "tune": LORA,
     },
     f"{BEST}, random layer kept": {
         "recipe": "lolcats", "keep": RANDOM, "options": PLAIN, "set": LONG, "tune": LORA,
@@ -97,55 +116,107 @@ CELLS: dict[str, dict[str, Any]] = {
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     asked.add_argument("model", help="the folder of the pretrained model")
-    asked.add_argument("--cell", action="append", help="only these")
+    asked.add_argument("--cell", action="append", choices=["teacher", *CELLS], help="only these")
     asked.add_argument("--steps", type=int, help="of every stage")
     asked.add_argument("--batch", type=int, help="of every stage")
     asked.add_argument("--length", type=int, help="of every stage")
     asked.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192])
+    asked.add_argument("--samples", type=int, default=SAMPLES, help="prompts of a length")
+    asked.add_argument("--alone", action="store_true", help="nobody else uses the machine")
+    asked.add_argument("--work", type=Path, help="where conversions are kept; nowhere if not given")
     asked.add_argument("--out", type=Path, default=RESULTS)
+    asked.add_argument("--take", type=Path, nargs="+", default=[], help="add these files' cells")
     asked.add_argument("--report", action="store_true", help="write the evidence from --out, stop")
     options = asked.parse_args()
+    for path in options.take:
+        for name, cell in read(path)["cells"].items():
+            keep(options, name, cell)
     if options.report:
-        report(json.loads(options.out.read_text()))
+        report(read(options.out))
         return
-    results = json.loads(options.out.read_text()) if options.out.is_file() else {"cells": {}}
-    for name in options.cell or ["teacher", *CELLS]:
-        if name in results["cells"]:
+    for name in options.cell or ([] if options.take else ["teacher", *CELLS]):
+        spec = specification(name, options)
+        done = read(options.out)["cells"].get(name)
+        if done and done.get("spec", spec) == spec:
             continue
-        cell = measure(name, options)
+        cell = {"spec": spec, "device": machine()["device"], **measure(name, options)}
+        keep(options, name, cell)
+        shown = {k: v for k, v in cell.items() if k not in ("spec", "stages", "scores")}
+        print(name, json.dumps(shown), flush=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results; each cell says on which device it was measured."""
+    if not path.is_file():
+        return {"cells": {}}
+    results = json.loads(path.read_text())
+    for cell in results["cells"].values():
+        if "device" not in cell:
+            cell["device"] = results["made"]["device"]
+    return results
+
+
+def keep(options: argparse.Namespace, name: str, cell: dict[str, Any]) -> None:
+    """Put a cell among those of --out, where other processes may write theirs."""
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with open(options.out.with_name(f".{options.out.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = read(options.out)
         results["cells"][name] = cell
         write_json(options.out, {**results, "made": machine(), "model": Path(options.model).name})
-        print(name, json.dumps({k: v for k, v in cell.items() if k not in ("stages", "scores")}),
-              flush=True)  # fmt: skip
+
+
+def specification(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All that a cell's figures depend on but the machine, as plain data."""
+    asked = {k: getattr(options, k) for k in ("lengths", "samples")}
+    if name != "teacher":
+        cell = CELLS[name]
+        asked["recipe"] = made(cell, options).identity()
+        asked |= {k: cell.get(k, d) for k, d in (("keep", ""), ("dtype", "float32"))}
+    found: dict[str, Any] = json.loads(json.dumps(asked))
+    return found
+
+
+def made(cell: dict[str, Any], options: argparse.Namespace) -> Recipe:
+    """The recipe of a cell."""
+    asked = {k: getattr(options, k) for k in ("steps", "batch", "length") if getattr(options, k)}
+    changes = {**cell.get("set", {}), **asked}
+    recipe = create_recipe(cell["recipe"], options=cell.get("options", {}), **changes)
+    stages = [
+        replace(s, **{**cell.get("tune" if isinstance(s, Tune) else "transfer", {}), **asked})
+        for s in recipe.stages
+        if isinstance(s, cell.get("only", object))
+    ]
+    if cell.get("only") is Tune:  # without a transfer, maps and factors learn beside the adapters
+        stages = [replace(s, train=("feature_map", "window_factors")) for s in stages]
+    return replace(recipe, stages=tuple(stages))
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     if name == "teacher":
-        return quality(options.model, options.lengths)
-    cell = CELLS[name]
-    asked = {k: getattr(options, k) for k in ("steps", "batch", "length") if getattr(options, k)}
-    changes = {**cell.get("set", {}), **asked}
-    recipe = create_recipe(cell["recipe"], options=cell.get("options", {}), **changes)
-    recipe = replace(
-        recipe,
-        stages=tuple(
-            replace(s, **cell.get("tune" if isinstance(s, Tune) else "transfer", {}))
-            for s in recipe.stages
-        ),
-    )
-    if "only" in cell:
-        stages = tuple(s for s in recipe.stages if isinstance(s, cell["only"]))
-        if cell["only"] is Tune:  # without a transfer, maps and factors learn beside the adapters
-            stages = tuple(replace(s, train=("feature_map", "window_factors")) for s in stages)
-        recipe = replace(recipe, stages=stages)
+        return quality(options.model, options)
+    if options.work is not None:
+        return converted(CELLS[name], options, options.work / re.sub(r"\W+", "-", name))
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "model"
-        start = time.perf_counter()
-        given = {"keep": cell.get("keep", ""), "dtype": cell.get("dtype", "float32")}
-        subquad.convert(options.model, recipe, "stdlib", out=out, **given)
-        took = time.perf_counter() - start
-        record = json.loads((out / "conversion.json").read_text())
-        found = quality(str(out), options.lengths)
+        return converted(CELLS[name], options, Path(folder) / "model")
+
+
+def converted(cell: dict[str, Any], options: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """One conversion, begun or gone on with in ``out``, and what came of it."""
+    times = out.with_name(f"{out.name}.json")
+    begun, clock, start = out.exists(), Clock(), time.perf_counter()
+    given = {"keep": cell.get("keep", ""), "dtype": cell.get("dtype", "float32")}
+    subquad.convert(
+        options.model, made(cell, options), "stdlib", out=out, resume=True, progress=clock, **given
+    )
+    took = {"seconds": time.perf_counter() - start, "parts": clock.parts, "alone": options.alone}
+    if not begun:
+        write_json(times, took)
+    elif times.is_file():
+        took = json.loads(times.read_text())
+    else:
+        took = {"seconds": None}
+    record = json.loads((out / "conversion.json").read_text())
     stages = {
         stage: {"tokens": s["tokens"], "first": s["history"][0]["losses"],
                 "last": s["history"][-1]["losses"]}
@@ -153,14 +224,29 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     kept = record.get("kept", record["identity"]["keep"])
     tokens = sum(s["tokens"] for s in stages.values())
-    return {"recipe": cell["recipe"], "kept": kept, "tokens": tokens, "seconds": took, **found,
-            "scores": record.get("scores"), "stages": stages}  # fmt: skip
+    return {"recipe": cell["recipe"], "kept": kept, "tokens": tokens, **took, "stages": stages,
+            "scores": record.get("scores"), **quality(str(out), options)}  # fmt: skip
 
 
-def quality(folder: str, lengths: list[int]) -> dict[str, Any]:
+class Clock(Lines):
+    """Lines of progress, and the seconds of each stage from its announcement to its last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: dict[str, float] = {}
+        self._stage, self._since = "", 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        super().__call__(event)
+        if "cell" in event:
+            self._stage, self._since = event["cell"], time.perf_counter()
+        self.parts[self._stage] = time.perf_counter() - self._since
+
+
+def quality(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """Perplexity at 1,024 tokens, needles and bytes of the cache at each length."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    host = Host(Study(model=folder, policies=None, samples=SAMPLES, device=device))
+    host = Host(Study(model=folder, policies=None, samples=options.samples, device=device))
     task = create_task("text", tokenizer=host.tokenizer, length=1024)
     losses = []
     for i in range(8):
@@ -170,7 +256,7 @@ def quality(folder: str, lengths: list[int]) -> dict[str, Any]:
         losses.append(F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()))
     out: dict[str, Any] = {"perplexity": torch.stack(losses).mean().exp().item()}
     out["needles"], out["cache"] = {}, {}
-    for T in lengths:
+    for T in options.lengths:
         found = host.needles("full", T, lambda event: None)
         out["needles"][str(T)], out["cache"][str(T)] = found["score"], found["cache"]
     return out
@@ -178,7 +264,8 @@ def quality(folder: str, lengths: list[int]) -> dict[str, Any]:
 
 def report(results: dict[str, Any]) -> None:
     """The table and the figure of docs/evidence.md."""
-    cells, device = results["cells"], results["made"].get("device", "")
+    cells = results["cells"]
+    ((device, _),) = Counter(cell["device"] for cell in cells.values()).most_common(1)
     lengths = list(cells["teacher"]["needles"])
     whole = cells["teacher"]["cache"]["8192"]
     head = [f"needles {int(T):,}" for T in lengths]
@@ -188,8 +275,8 @@ def report(results: dict[str, Any]) -> None:
         "of 4 facts asked; the cache behind 8,192 tokens. Texts of 8,192 tokens and 200 steps a "
         "stage where the name does not say otherwise (Hedgehog: of 256, then 1,024). Layers kept "
         "are chosen by the recipe's score but in the rows with a random one. Seconds are those of "
-        "the whole conversion, loading and scoring too, with other processes on the same GPU; "
-        "those with a star are of a GPU that no other process used.",
+        "the whole conversion, loading and scoring too, with other processes on the same machine; "
+        "those with a star are of one that no other process used.",
         "",
         f"| recipe | layers kept | tokens | perplexity | {' | '.join(head)} | cache | of it | s |",
         "| --- | --- | ---: | ---: |" + " ---: |" * (len(lengths) + 3),
@@ -199,9 +286,10 @@ def report(results: dict[str, Any]) -> None:
         needles = " | ".join(f"{cell['needles'][T]:.2f}" for T in lengths)
         tokens = f"{cell['tokens'] / 1e6:.1f} M" if "tokens" in cell else ""
         held = cell["cache"]["8192"]
-        seconds = f"{cell['seconds']:.0f}{'*' * cell.get('alone', False)}" if tokens else ""
+        seconds = f"{cell['seconds']:.0f}{'*' * cell['alone']}" if cell.get("seconds") else ""
+        where = "" if cell["device"] == device else f" ({cell['device']})"
         lines.append(
-            f"| {name} | {kept} | {tokens} | {cell['perplexity']:.3f} | {needles} | "
+            f"| {name}{where} | {kept} | {tokens} | {cell['perplexity']:.3f} | {needles} | "
             f"{units.bytes_(held)} | {held / whole:.1%} | {seconds} |"
         )
     figure(cells, FIGURE)

@@ -1,6 +1,9 @@
 """``subquad convert`` and ``subquad eval`` on a small pretrained model."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -72,3 +75,28 @@ def test_convert_and_eval(host, tmp_path):
     assert card.count("eval begins") == 1
     refused = run("eval", host)
     assert "DIR must be the folder of a conversion" in str(refused.exception)
+
+
+def test_a_cell_of_the_benchmark(host, tmp_path):
+    """Alone, kept as it ends, not measured twice; what was converted is not converted again."""
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "conversion.py"
+    cell, out = "lolcats, 1k texts, transfer alone", tmp_path / "conversion.json"
+    small = ("--steps", 2, "--batch", 1, "--length", 40, "--lengths", 512, "--samples", 1)
+    command = [sys.executable, script, host, "--cell", cell, *small, "--out", out]
+    command = [str(word) for word in (*command, "--work", tmp_path / "work")]
+
+    def measured():
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(out.read_text())["cells"]
+
+    first = measured()
+    assert list(first) == [cell]
+    assert first[cell]["tokens"] == 80
+    assert sum(first[cell]["parts"].values()) < first[cell]["seconds"]
+    beside = {"another": {"device": "a GPU"}, cell: {**first[cell], "perplexity": 1.0}}
+    out.write_text(json.dumps({"cells": beside}))
+    assert measured() == beside  # as it stands, whatever it says
+    beside[cell]["spec"] = {}
+    out.write_text(json.dumps({"cells": beside}))
+    assert measured() == {**beside, cell: first[cell]}
