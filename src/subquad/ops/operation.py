@@ -45,9 +45,9 @@ class Operation:
     def __call__(self, *inputs: Any) -> Any:
         if torch.compiler.is_compiling() or not _alone(inputs):
             return self.overload(*inputs)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return self._node.apply(*inputs)
-        return self._run(*inputs)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            return self._run(*inputs)
+        return self._node.apply(*inputs) if self._node else self.overload(*inputs)
 
     def fake(self, function: Callable[..., Any]) -> None:
         """Decorates the function that gives results without values."""

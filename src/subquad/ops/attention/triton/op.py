@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -20,6 +19,7 @@ from subquad.ops.attention.triton import backward as grads
 from subquad.ops.attention.triton.configs import config, processors
 from subquad.ops.attention.triton.forward import attention_forward
 from subquad.ops.attention.triton.index import BAND, Index, arguments, of_choice, of_mask
+from subquad.ops.kernel import on_device
 
 TILE, SMALL_TILE = 128, 64
 WELL_FILLED = 0.4  # smaller tiles are taken where less than this share of the large ones is kept
@@ -198,14 +198,14 @@ def forward(
         from subquad.ops.attention.triton.hopper import launch as hopper
 
         o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        with _on(q):
+        with on_device(q):
             hopper.forward(launch, q, k, v, o, lse, scale)
         return o, lse
     step, options = launch.config("forward")
     tiles, bulk = launch.key_tiles(k, v, step)
     o = v.new_empty(parts, *q.shape[:3], launch.V, dtype=torch.float32 if parts > 1 else v.dtype)
     lse = q.new_empty(parts, *q.shape[:3], dtype=torch.float32)
-    with _on(q):
+    with on_device(q):
         attention_forward[(rows * parts, heads)](
             q, k, v, *tiles, o, lse, *launch.lists(), scale, *launch.sizes(),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], lse[0].numel(),
@@ -236,7 +236,7 @@ def backward(
     index, (B, T, H) = launch.index, q.shape[:3]
     delta, lse2 = lse.new_empty(2, B, H, triton.cdiv(T, TILE) * TILE)
     dims, lists = launch.dims(), launch.lists()
-    with _on(q):
+    with on_device(q):
         grads.attention_delta[(triton.cdiv(T, TILE), B * H)](
             o, do, lse, dlse.contiguous(), delta, lse2, T, H,
             o.stride(1), o.stride(2), o.stride(0), do.stride(1), do.stride(2), do.stride(0),
@@ -303,8 +303,3 @@ def _is_hopper(device: torch.device) -> bool:
 
 def _dense_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _on(x: Tensor):
-    """Launch on the device of x, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

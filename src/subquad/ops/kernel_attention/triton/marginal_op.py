@@ -6,7 +6,6 @@ M blocks of queries, N of keys.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from math import prod
 from typing import Any
 
@@ -15,6 +14,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from subquad.ops.kernel import on_device
 from subquad.ops.kernel_attention.triton import marginal as kernels
 
 PHI = {"softmax": 0, "elu": 1, "relu": 2}
@@ -47,7 +47,7 @@ class _Node(torch.autograd.Function):
         z = torch.empty(B, G, N, K, device=q.device)
         o = torch.empty(B, T, H, V, device=q.device)
         map_ = read.reshape(B, G, -1, N)
-        with _on(q):
+        with on_device(q):
             kernels.write_states[(N, B * G)](
                 k, v, h, z, S, H, G, N, size, N * K * V, *k.stride()[:3], *v.stride()[:3],
                 SPLIT=split, **how,
@@ -72,7 +72,7 @@ class _Node(torch.autograd.Function):
         ds = _matrices((B, G, H // G * M), K, V, split, q.device)
         ds_z = torch.empty_like(s_z)
         back = read.reshape(B, G, -1, N).mT
-        with _on(q):
+        with on_device(q):
             kernels.read_backward[(M, B * H)](
                 q, s, s_z, do.float().contiguous(), dq, ds, ds_z, T, H, G, M, rows,
                 H // G * M * K * V, eps, *q.stride()[:3], SPLIT=split, **how,
@@ -117,8 +117,3 @@ def _product(map_: Tensor, x: Tensor) -> Tensor:
         else:
             out = map_.float() @ flat.float()
     return out.view(B, G, m, *x.shape[3:])
-
-
-def _on(x: Tensor):
-    """Launch on the device of x, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

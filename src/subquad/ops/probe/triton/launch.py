@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from subquad.ops.kernel import on_device
 from subquad.ops.probe.spans import queries_of
 from subquad.ops.probe.triton import backward as grads
 from subquad.ops.probe.triton.forward import probe_forward
@@ -122,7 +123,7 @@ def _forward(
     lse, drift = (q.new_empty(rows, T, H, dtype=torch.float32) for _ in "12")
     top = lo.new_empty((rows, T, H) if peak else 0)
     tile, options = _config(kernel, q, v)
-    with _on(q):
+    with on_device(q):
         probe_forward[triton.cdiv(T, tile["BM"]), rows * H](
             q, k, v, r, lo, hi, o, mean, lse, drift, top,
             scale * LOG2E, T, S, H, G, _step(lo), parts,
@@ -145,7 +146,7 @@ def backward(
     strides = [s for x in (q, k, v, r, do) for s in x.stride()[:3]]
     sizes = scale, T, S, H, G, _step(lo)
     by_row = lse2, drift, delta, pull
-    with _on(q):
+    with on_device(q):
         grads.probe_rows[(triton.cdiv(B * T * H, 64),)](
             o, mean, do, lse, dlse.contiguous(), lse2, delta, pull, B * T * H, T, H,
             *do.stride()[:3], V=dims["V"], BV=dims["BV"], BM=64, num_warps=4,
@@ -170,8 +171,3 @@ def _step(planes: Tensor) -> int:
 
 def _dense_last(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Launch on the device of x, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()

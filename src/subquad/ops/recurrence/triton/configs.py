@@ -30,6 +30,7 @@ KERNELS = (
     "decode",
 )
 _forced: dict[str, Config] = {}  # of the process: the backward pass runs in other threads
+_forcings = 0
 
 
 def cache_file(arch: str) -> Path:
@@ -85,13 +86,21 @@ def key(kernel: str, *, decay: str, delta: bool, K: int, V: int, itemsize: int) 
 @contextmanager
 def forced(configs: Mapping[str, Config]) -> Iterator[None]:
     """Inside the block these kernels run with these configurations, whatever the tables say."""
+    global _forcings
     before = dict(_forced)
     _forced.update(configs)
+    _forcings += 1
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        _forcings += 1
+
+
+def forcings() -> int:
+    """How often :func:`forced` changed what :func:`config` answers."""
+    return _forcings
 
 
 def config(

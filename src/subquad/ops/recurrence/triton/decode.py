@@ -8,14 +8,18 @@ of decoding. Without a host decision on the way, a CUDA graph may capture it.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from subquad.ops import checks
+from subquad.ops.kernel import Launch, dense, on_device
+from subquad.ops.operation import operation
 from subquad.ops.recurrence.triton import configs
-from subquad.ops.recurrence.triton.parts import CHANNEL, HEAD, SIZES
+from subquad.ops.recurrence.triton.parts import CHANNEL, HEAD, kernel
 
 SIGMOID, SILU = tl.constexpr(1), tl.constexpr(2)
 
@@ -39,7 +43,7 @@ def _convolve(X, PAST, WEIGHT, NEXT, row, D, channel, ok, write, WINDOW: tl.cons
     return y * tl.sigmoid(y)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def decode(
     Q, K_, V_, QPAST, KPAST, VPAST, QW, KW, VW, QNEXT, KNEXT, VNEXT,
     DECAY_IN, A_LOG, DT_BIAS, BETA, S_, GATE, NORM, Y,
@@ -149,40 +153,54 @@ def decode_layer(
     if gate is not None and not fits_gate(K, V):
         raise ValueError(f"gate needs K V <= 32768, got K={K}, V={V}")
     y, *nexts = _decode(
-        q, k, v, list(pasts), list(weights), decay, A_log, dt_bias, beta, state, gate, norm,
+        q, k, v, *pasts, *weights, decay, A_log, dt_bias, beta, state, gate, norm,
         activation, K**-0.5 if scale is None else scale, beta_scale, l2_eps, norm_eps,
     )  # fmt: skip
     return y, tuple(nexts)
 
 
-@torch.library.custom_op("subquad::recurrence_decode", mutates_args=("state",))
+@operation("recurrence_decode", mutates=("state",))
 def _decode(
-    q: Tensor, k: Tensor, v: Tensor, pasts: list[Tensor], weights: list[Tensor],
-    decay: Tensor, A_log: Tensor, dt_bias: Tensor, beta: Tensor | None, state: Tensor,
-    gate: Tensor | None, norm: Tensor | None, activation: str, scale: float, beta_scale: float,
-    l2_eps: float, norm_eps: float,
+    q: Tensor, k: Tensor, v: Tensor, q_past: Tensor, k_past: Tensor, v_past: Tensor,
+    q_weight: Tensor, k_weight: Tensor, v_weight: Tensor, decay: Tensor, A_log: Tensor,
+    dt_bias: Tensor, beta: Tensor | None, state: Tensor, gate: Tensor | None, norm: Tensor | None,
+    activation: str, scale: float, beta_scale: float, l2_eps: float, norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    B, H, V = v.shape
-    K = q.shape[2]
-    y = v.new_empty(v.shape)
-    nexts = [p.new_empty(p.shape) for p in pasts]
-    name = "channel" if decay.dim() == 3 else "head"
-    c = configs.config("decode", configs.arch(v.device), name, beta is not None, K, V, 4)
-    if gate is not None and c["BV"] != configs.width(V):
-        c = configs.decoding(K, configs.width(V))
-    inputs = [t.contiguous() for t in (q, k, v, *pasts, *weights)]
-    decode[(B * triton.cdiv(V, c["BV"]), H)](
-        *inputs, *nexts, decay.contiguous(), A_log, dt_bias,
-        None if beta is None else beta.contiguous(), state,
-        None if gate is None else gate.contiguous(), norm, y,
-        scale, beta_scale, l2_eps, norm_eps, H, q.shape[1], k.shape[1],
-        K=K, V=V, BK=configs.width(K), WINDOW=weights[0].shape[1],
-        DECAY=CHANNEL.value if name == "channel" else HEAD.value, DELTA=beta is not None,
-        ACTIVATION=0 if gate is None else {"sigmoid": 1, "silu": 2}[activation], **c,
-    )  # fmt: skip
+    if state.data_ptr() % 16:
+        raise ValueError(f"state must start at a multiple of 16 bytes, got {state.data_ptr()}")
+    pasts = q_past, k_past, v_past
+    sizes = *v.shape, q.shape[1], k.shape[1], q.shape[2], q_weight.shape[1]
+    kind = decay.dim() == 3, beta is not None, None if gate is None else activation
+    numbers = scale, beta_scale, l2_eps, norm_eps
+    y, nexts = v.new_empty(v.shape), [p.new_empty(p.shape) for p in pasts]
+    before = q, k, v, *pasts, q_weight, k_weight, v_weight
+    rest = [
+        None if t is None else dense(t) for t in (decay, A_log, dt_bias, beta, state, gate, norm)
+    ]
+    with on_device(v):
+        launch = _bound(sizes, kind, numbers, v.device, configs.forcings())
+        launch(*map(dense, before), *nexts, *rest, y)
+    if not state.is_inference():
+        torch.autograd.graph.increment_version(state)
     return y, nexts[0], nexts[1], nexts[2]
 
 
-@_decode.register_fake
-def _(q, k, v, pasts, *_):
-    return v.new_empty(v.shape), *(p.new_empty(p.shape) for p in pasts)
+@lru_cache(maxsize=256)
+def _bound(sizes, kind, numbers, device: torch.device, _forcings: int) -> Launch:
+    B, H, V, HQ, HK, K, window = sizes
+    channel, delta, activation = kind
+    name = "channel" if channel else "head"
+    c = configs.config("decode", configs.arch(device), name, delta, K, V, 4)
+    if activation is not None and c["BV"] != configs.width(V):
+        c = configs.decoding(K, configs.width(V))
+    return decode.bind(
+        (B * triton.cdiv(V, c["BV"]), H), *numbers, H, HQ, HK,
+        K=K, V=V, BK=configs.width(K), WINDOW=window,
+        DECAY=CHANNEL.value if channel else HEAD.value, DELTA=delta,
+        ACTIVATION={None: 0, "sigmoid": 1, "silu": 2}[activation], **c,
+    )  # fmt: skip
+
+
+@_decode.fake
+def _(q, k, v, q_past, k_past, v_past, *_):
+    return v.new_empty(v.shape), *(p.new_empty(p.shape) for p in (q_past, k_past, v_past))

@@ -17,7 +17,6 @@ or loses the operand times its gradient; summed from the back of the chunk it is
 import triton
 import triton.language as tl
 
-from subquad.ops.recurrence.triton.compiling import Kernel
 from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
@@ -26,6 +25,7 @@ from subquad.ops.recurrence.triton.parts import (
     fade,
     gates,
     halves,
+    kernel,
     numbers,
     put,
     put_block,
@@ -66,7 +66,7 @@ def _exact(
     return dq, dk, z
 
 
-@Kernel
+@kernel
 def score_grads(
     V_, G_, BETA, DO, D_, F_, GS, TABLE, DA, Y, DV, DB,
     scale, T, H, HV, HD, HB,
@@ -113,7 +113,7 @@ def score_grads(
             tl.store(DB + first * H + h + n * H, db, mask=n < left)
 
 
-@Kernel
+@kernel
 def grads(
     Q, K_, V_, G_, BETA, DO, D_, F_, HS, DHS, DA, Y, GS, FLAG, TABLE, DQ, DK, DV, DG, DB,
     scale, T, H, HQ, HK, HV, HD, HB,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from subquad.ops.recurrence.triton import compiling, configs
+from subquad.ops import kernel
+from subquad.ops.kernel import Launch
+from subquad.ops.recurrence.triton import configs
 from subquad.ops.recurrence.triton.grads import grads, score_grads
 from subquad.ops.recurrence.triton.prepare import prepare
 from subquad.ops.recurrence.triton.scan import combine, scan, scan_back
@@ -52,9 +56,10 @@ def slots(cu: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
     return columns.int().contiguous(), first.int()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """How one call is laid out: its sizes, its segments and its chunks."""
+    """How calls of one shape are laid out: sizes, segments and chunks, head counts of the inputs as
+    the kernels' arguments, and the launches made so far."""
 
     B: int
     T: int
@@ -64,20 +69,21 @@ class Plan:
     N: int
     decay: str
     delta: bool
+    packed: bool
     dtype: torch.dtype
     device: torch.device
     size: int  # tokens of a segment
     segments: int
     chunks: int
-    table: Tensor | None = None
-    chunk_table: Tensor | None = None
-    first: Tensor | None = None
+    heads: dict[str, int]
+    launches: dict[Hashable, Launch] = field(default_factory=dict)
+    met: set[Hashable] = field(default_factory=set)
 
     @property
     def split(self) -> bool:
         return self.segments > self.N
 
-    @property
+    @cached_property
     def fuse(self) -> bool:
         """Whether the passes compute the scores themselves: short sequences in one launch."""
         short = self.T <= SHORT or self.decay == "none"
@@ -87,13 +93,17 @@ class Plan:
     def form(self) -> tuple:
         """What decides which kernels a call compiles, beside the inputs that are None."""
         return (
-            self.K, self.V, self.decay, self.delta, self.dtype, self.device, self.table is None,
+            self.K, self.V, self.decay, self.delta, self.dtype, self.device, self.packed,
             self.split, self.fuse,
         )  # fmt: skip
 
     @property
     def precision(self) -> str:
         return "tf32x3" if self.dtype == torch.float32 else "tf32"
+
+    @property
+    def exact(self) -> bool:
+        return self.dtype == torch.float32
 
     def config(self, kernel: str) -> configs.Config:
         return configs.config(
@@ -109,12 +119,22 @@ class Plan:
     def switches(self, **more) -> dict:
         return {
             "K": self.K, "V": self.V, "DECAY": NAMES[self.decay], "DELTA": self.delta,
-            "PACKED": self.table is not None, **more,
+            "PACKED": self.packed, **more,
         }  # fmt: skip
 
+    def pick(self, *names: str) -> dict[str, int]:
+        return {n: self.heads[n] for n in names}
 
-@dataclass(frozen=True)
-class Ready:
+
+class Tables(NamedTuple):
+    """Where the segments and chunks of packed sequences lie (see :func:`slots`), or None."""
+
+    segments: Tensor | None = None
+    first: Tensor | None = None
+    chunks: Tensor | None = None
+
+
+class Ready(NamedTuple):
     """What :mod:`prepare` wrote, under its names; None where not needed."""
 
     A: Tensor | None = None
@@ -127,39 +147,51 @@ class Ready:
     flag: Tensor | None = None
 
 
-def plan(
-    q: Tensor, k: Tensor, v: Tensor, decay, beta, cu, *, whole: bool = False, tables: bool = True
-) -> Plan:
-    """The layout of one call; the backward pass finds the same one again.
+def plan(q: Tensor, k: Tensor, v: Tensor, decay, beta, cu, *, whole: bool = False) -> Plan:
+    """The layout of one call; the backward pass finds the same one again."""
+    return lay_out(*shapes(q, k, v, decay, beta, cu), whole, configs.forcings())
 
-    A sequence is split where its heads and value blocks alone would leave the GPU idle, never if
-    ``whole``. ``tables`` makes those of packed sequences.
-    """
-    B, T = q.shape[:2]
-    K, V = int(q.shape[3]), int(v.shape[3])  # the kernels' constants, also while compiling
-    H = max(t.shape[2] for t in (q, k, v, decay, beta) if t is not None)
-    name = "none" if decay is None else "channel" if decay.dim() == 4 else "head"
-    N = B if cu is None else cu.shape[0] - 1
-    size = cdiv(T, C) * C
-    if not whole:
-        arch, shape = configs.arch(q.device), (name, beta is not None, K, V, q.dtype.itemsize)
-        programs = N * H * cdiv(V, configs.config("scan", arch, *shape)["BV"])
-        fill = configs.config("scan_split", arch, *shape)["fill"]
-        size = segment_length(T, programs, configs.processors(q.device), fill)
-    make = _plan if all(type(n) is int for n in (B, T, H, N, size)) else _plan.__wrapped__
-    p = make(B, T, H, K, V, N, name, beta is not None, q.dtype, q.device, size, cu is not None)
-    if cu is None or not tables:
-        return p
-    table, first = slots(cu, p.size, p.segments)
-    return replace(p, table=table, first=first, chunk_table=slots(cu, C, p.chunks)[0])
+
+def shapes(q, k, v, decay, beta, cu) -> tuple:
+    """The first arguments of :func:`lay_out`."""
+    return (
+        q.shape, k.shape[2], v.shape, None if decay is None else decay.shape,
+        None if beta is None else beta.shape[2], None if cu is None else cu.shape[0] - 1,
+        q.dtype, q.device,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
-def _plan(B, T, H, K, V, N, decay, delta, dtype, device, size, packed) -> Plan:
+def lay_out(q, k_heads, v, decay, beta_heads, sequences, dtype, device, whole, _=0) -> Plan:
+    """The plan of calls of these shapes (None where an input is).
+
+    A sequence is split where its heads and value blocks alone would leave the GPU idle, never if
+    ``whole``. The last argument tells forced configurations apart.
+    """
+    B, T = q[:2]
+    K, V = int(q[3]), int(v[3])  # the kernels' constants, also while compiling
+    given = {"HQ": q[2], "HK": k_heads, "HV": v[2]}
+    if decay is not None:
+        given["HD"] = decay[2]
+    if beta_heads is not None:
+        given["HB"] = beta_heads
+    H = max(given.values())
+    name = "none" if decay is None else "channel" if len(decay) == 4 else "head"
+    packed, delta = sequences is not None, beta_heads is not None
+    N = sequences if packed else B
+    size = cdiv(T, C) * C
+    if not whole:
+        arch, shape = configs.arch(device), (name, delta, K, V, dtype.itemsize)
+        programs = N * H * cdiv(V, configs.config("scan", arch, *shape)["BV"])
+        fill = configs.config("scan_split", arch, *shape)["fill"]
+        size = segment_length(T, programs, configs.processors(device), fill)
     segments, chunks = B * cdiv(T, size), B * cdiv(T, C)
     if packed:
         segments, chunks = N + T // size, N + T // C
-    return Plan(B, T, H, K, V, N, decay, delta, dtype, device, size, segments, chunks)
+    return Plan(
+        B, T, H, K, V, N, name, delta, packed, dtype, device, size, segments, chunks,
+        {"H": H, "HD": H, "HB": H, **given},
+    )  # fmt: skip
 
 
 def segment_length(T: int, programs: int, processors: int, fill: int) -> int:
@@ -172,80 +204,100 @@ def segment_length(T: int, programs: int, processors: int, fill: int) -> int:
     return cdiv(cdiv(T, parts), C) * C
 
 
-def counts(p: Plan, q, k, v, decay, beta) -> dict:
-    """Head counts of the inputs as the kernels' arguments."""
-    d = p.H if decay is None else decay.shape[2]
-    b = p.H if beta is None else beta.shape[2]
-    return {"H": p.H, "HQ": q.shape[2], "HK": k.shape[2], "HV": v.shape[2], "HD": d, "HB": b}
+def tables(p: Plan, cu: Tensor | None) -> Tables:
+    if cu is None:
+        return Tables()
+    table, first = slots(cu, p.size, p.segments)
+    return Tables(table, first, slots(cu, C, p.chunks)[0])
 
 
-def pick(sizes: dict, *names: str) -> dict:
-    return {n: sizes[n] for n in names}
+def bound(make: Callable[..., Launch]) -> Callable[..., Launch]:
+    """The launch that ``make(plan, *switches)`` binds, made once for a plan and its switches."""
+
+    def find(p: Plan, *switches: Hashable) -> Launch:
+        found = p.launches.get((make, *switches))
+        if found is None:
+            found = p.launches[make, *switches] = make(p, *switches)
+        return found
+
+    return find
 
 
-def prepared(p: Plan, q, k, decay, beta, scale: float, sizes: dict, back: bool) -> Ready:
+@bound
+def _prepare(p: Plan, scale: float, back: bool, strong: bool) -> Launch:
+    return prepare.bind(
+        (p.chunks, p.H), scale, p.T, back, **p.pick("H", "HQ", "HK", "HD", "HB"),
+        K=p.K, C=C, DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.packed, STRONG=strong,
+        LIMIT=LIMITS[p.dtype], EXACT=p.exact, PRECISION=p.precision,
+        **{"JOINED": False, **p.config("prepare")},
+    )  # fmt: skip
+
+
+def prepared(p: Plan, q, k, decay, beta, scale: float, table, back: bool) -> Ready:
     """What :mod:`prepare` writes; without a launch where the passes need none of it."""
     if p.fuse:
         return Ready()
-    channel, chunks = p.decay == "channel", (p.chunks, p.H)
+    channel, delta, chunks, float32 = p.decay == "channel", p.delta, (p.chunks, p.H), torch.float32
+    joined = p.config("prepare").get("JOINED", False)
 
-    def new(wanted: bool, *shape: int, dtype: torch.dtype = q.dtype) -> Tensor | None:
-        return q.new_empty(*chunks, *shape, dtype=dtype) if wanted else None
+    def new(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
+        return q.new_empty(*chunks, *shape, dtype=dtype)
 
-    c = {"JOINED": False, **p.config("prepare")}
-    flag = new(channel, dtype=torch.int32)
-    scratch = new(p.delta and not c["JOINED"], C, 16, dtype=torch.float32)
-    width = 3 * (p.K if channel else C)
+    scratch = new(C, 16, dtype=float32) if delta and not joined else None
+    M = new(C, C) if delta else None
     out = Ready(
-        A=new(True, C, C),
-        M=new(p.delta, C, C),
-        P=new(p.delta and back, C, C),
-        W=new(p.delta, C, p.K),
-        QG=new(channel, C, p.K),
-        KG=new(channel, C, p.K),
-        GS=new(p.decay != "none", width, dtype=torch.float32),
-        flag=flag,
+        A=new(C, C),
+        M=M,
+        P=new(C, C) if delta and back else M,
+        W=new(C, p.K) if delta else None,
+        QG=new(C, p.K) if channel else None,
+        KG=new(C, p.K) if channel else None,
+        GS=None if p.decay == "none" else new(3 * (p.K if channel else C), dtype=float32),
+        flag=new(dtype=torch.int32) if channel else None,
     )
     for strong in (False, True) if channel else (False,):
-        prepare[chunks](
-            q, k, decay, beta, p.chunk_table, flag, scratch,
-            out.A, out.M, out.P if back else out.M, out.W, out.QG, out.KG, out.GS, scale, p.T, back,
-            **pick(sizes, "H", "HQ", "HK", "HD", "HB"),
-            K=p.K, C=C, DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.table is not None,
-            STRONG=strong, LIMIT=LIMITS[p.dtype], EXACT=p.dtype == torch.float32,
-            PRECISION=p.precision, **c,
+        _prepare(p, scale, back, strong)(
+            q, k, decay, beta, table, out.flag, scratch, *out[:7]
         )  # fmt: skip
     return out
 
 
-def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, sizes, **outs) -> None:
-    """One :func:`scan.scan`; the outputs that are given are written."""
-    c = p.scan
+SCANNED = ("O", "D", "HS", "FINAL", "LOCAL", "TOTAL")  # what scan may write
+
+
+@bound
+def _scan(p: Plan, scale: float, init: bool, outs: tuple[str, ...]) -> Launch:
+    c, split = p.scan, "LOCAL" in outs
     blocks = cdiv(p.V, c["BV"])
-    split = outs.get("LOCAL") is not None
     if split and p.delta:
         blocks += cdiv(p.K, c["BV"])
-    scan[(p.segments * blocks, p.H)](
-        q, k, v, decay, ready.A, ready.M, ready.W, ready.QG, ready.KG, ready.GS, init, p.table,
-        *(outs.get(n) for n in ("O", "D", "HS", "FINAL", "LOCAL", "TOTAL")),
-        scale, p.T, p.size, **pick(sizes, "H", "HQ", "HK", "HV", "HD"),
+    return scan.bind(
+        (p.segments * blocks, p.H), scale, p.T, p.size, **p.pick("H", "HQ", "HK", "HV", "HD"),
         **p.switches(
-            C=C, BK=configs.key_width(p.K), HAS_INIT=init is not None, OUTPUT="O" in outs,
-            KEEP="HS" in outs, END="FINAL" in outs, SPLIT=split, FUSE=p.fuse,
-            FINE=p.fuse and p.dtype == torch.bfloat16,
-            PRECISION=p.precision,
+            C=C, BK=configs.key_width(p.K), HAS_INIT=init, OUTPUT="O" in outs, KEEP="HS" in outs,
+            END="FINAL" in outs, SPLIT=split, FUSE=p.fuse,
+            FINE=p.fuse and p.dtype == torch.bfloat16, PRECISION=p.precision,
         ),
         **c,
     )  # fmt: skip
 
 
-def run_combine(p: Plan, local, local_rows, link, link_rows, link_row, init, out, back) -> None:
-    c = p.config("combine")
-    combine[(p.N * cdiv(p.V, c["BV"]), p.H)](
-        local, link, init, p.first, out, p.T, p.size, p.H,
+def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, table, **outs) -> None:
+    """One :func:`scan.scan`; the outputs that are given are written."""
+    _scan(p, scale, init is not None, (*outs,))(
+        q, k, v, decay, ready.A, ready.M, ready.W, ready.QG, ready.KG, ready.GS, init, table,
+        *[outs.get(n) for n in SCANNED],
+    )  # fmt: skip
+
+
+@bound
+def _combine(p: Plan, init: bool, rows: tuple[int, int, int], back: bool) -> Launch:
+    c, (local, links, link) = p.config("combine"), rows
+    return combine.bind(
+        (p.N * cdiv(p.V, c["BV"]), p.H), p.T, p.size, p.H,
         **p.switches(
-            BK=configs.key_width(p.K), LOCAL_ROWS=local_rows, LINK_ROWS=link_rows,
-            LINK_ROW=link_row, HAS_INIT=init is not None, BACK=back, PRECISION="tf32x3",
+            BK=configs.key_width(p.K), LOCAL_ROWS=local, LINK_ROWS=links, LINK_ROW=link,
+            HAS_INIT=init, BACK=back, PRECISION="tf32x3",
         ),
         **c,
     )  # fmt: skip
@@ -258,7 +310,7 @@ def forward(
     segments and their transitions (empty where nothing is split). ``trains`` says that the backward
     pass will come, and only matters to what the first call compiles."""
     p = plan(q, k, v, decay, beta, cu)
-    if not compiling.met((p.form, state is None, trains)):
+    if not met(p, state is None, trains):
         inputs = (q, k, v, decay, beta, state, cu)
 
         def rehearsal() -> None:
@@ -266,20 +318,30 @@ def forward(
             if trains:
                 backward(o, None, *inputs, *kept, scale=scale)
 
-        compiling.rehearse(rehearsal)
-    sizes = counts(p, q, k, v, decay, beta)
+        kernel.rehearse(rehearsal)
+    table, first, chunk_table = tables(p, cu)
     o = v.new_empty(p.B, p.T, p.H, p.V)
     final = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
-    args = (p, q, k, v, decay, prepared(p, q, k, decay, beta, scale, sizes, back=False))
+    args = (p, q, k, v, decay, prepared(p, q, k, decay, beta, scale, chunk_table, back=False))
     starts, link = carried(p, v)
     if p.split:
         rows, from_row = link_rows(p)
         local = link if p.delta else v.new_empty(p.segments, p.H, rows, p.K, dtype=torch.float32)
-        run_scan(*args, state, scale, sizes, LOCAL=local, TOTAL=link)
-        run_combine(p, local, rows, link, rows, from_row, state, starts, back=False)
+        run_scan(*args, state, scale, table, LOCAL=local, TOTAL=link)
+        carry = _combine(p, state is not None, (rows, rows, from_row), False)
+        carry(local, link, state, first, starts)
         state = starts
-    run_scan(*args, state, scale, sizes, O=o, FINAL=final)
+    run_scan(*args, state, scale, table, O=o, FINAL=final)
     return o, final, starts, link
+
+
+def met(p: Plan, *kind: Hashable) -> bool:
+    """Whether a call of this kind came before, with this plan or another of its form."""
+    if kind in p.met:
+        return True
+    found = kernel.met((p.form, *kind))
+    p.met.add(kind)
+    return found
 
 
 def carried(p: Plan, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,29 +366,30 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, decay, beta (float32, or None) and state, each with all H heads."""
     p = plan(q, k, v, decay, beta, cu)
-    if not compiling.met((p.form, state is None, dfinal is None, "backward")):
+    if not met(p, state is None, dfinal is None, "backward"):
         inputs = (do, dfinal, q, k, v, decay, beta, state, cu, starts, link)
-        compiling.rehearse(lambda: backward(*inputs, scale=scale))
-    sizes = counts(p, q, k, v, decay, beta)
-    ready = prepared(p, q, k, decay, beta, scale, sizes, back=True)
+        kernel.rehearse(lambda: backward(*inputs, scale=scale))
+    table, first, chunk_table = tables(p, cu)
+    ready = prepared(p, q, k, decay, beta, scale, chunk_table, back=True)
     # The states before every chunk are computed again: storing them costs more than the pass.
     before = v.new_empty(p.chunks, p.H, p.V, p.K)
     new = v.new_empty(p.B, p.T, p.H, p.V) if p.delta else None
     init = starts if p.split else state
-    run_scan(p, q, k, v, decay, ready, init, scale, sizes, HS=before, D=new)
+    run_scan(p, q, k, v, decay, ready, init, scale, table, HS=before, D=new)
 
     ends = dfinal
     if p.split:
         local = v.new_empty(p.segments, p.H, p.V, p.K, dtype=torch.float32)
-        run_back(p, q, k, decay, do, ready, None, scale, sizes, LOCAL=local)
+        run_back(p, q, k, decay, do, ready, None, scale, table, LOCAL=local)
         ends = torch.empty_like(starts)
         rows, from_row = link_rows(p)
-        run_combine(p, local, p.V, link, rows, from_row, dfinal, ends, back=True)
+        carry = _combine(p, dfinal is not None, (p.V, rows, from_row), True)
+        carry(local, link, dfinal, first, ends)
     after = torch.empty_like(before)
     through = v.new_empty(p.B, p.T, p.H, p.V)
     dstate = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
     run_back(
-        p, q, k, decay, do, ready, ends, scale, sizes, OUT=through, HS=after, START=dstate
+        p, q, k, decay, do, ready, ends, scale, table, OUT=through, HS=after, START=dstate
     )  # fmt: skip
 
     dq = q.new_empty(p.B, p.T, p.H, p.K)
@@ -339,41 +402,66 @@ def backward(
     if p.delta:
         db = q.new_empty(p.B, p.T, p.H, dtype=torch.float32)
     da = y = None
-    c = p.config("grads")
-    if c["BK"] < p.K:
+    if p.config("grads")["BK"] < p.K:
         da = v.new_empty(p.chunks, p.H, C, C)
         y = torch.empty_like(da) if p.delta else None
-        score_grads[(p.chunks, p.H)](
-            v, decay, beta, do, new, through, ready.GS, p.chunk_table, da, y, dv, db, scale, p.T,
-            **pick(sizes, "H", "HV", "HD", "HB"), V=p.V, C=C, DECAY=NAMES[p.decay],
-            DELTA=p.delta, PACKED=p.table is not None, FUSE=p.fuse, PRECISION=p.precision,
-            **p.config("score_grads"),
+        _score_grads(p, scale)(
+            v, decay, beta, do, new, through, ready.GS, chunk_table, da, y, dv, db
         )  # fmt: skip
     for strong in (False, True) if p.decay == "channel" else (False,):
-        grads[(p.chunks, p.H)](
+        _grads(p, scale, strong)(
             q, k, v, decay, beta, do, new, through, before, after, da, y, ready.GS, ready.flag,
-            p.chunk_table, dq, dk, dv, dg, db, scale, p.T, **sizes,
-            **p.switches(
-                C=C, STRONG=strong, FUSE=p.fuse, EXACT=p.dtype == torch.float32,
-                PRECISION=p.precision,
-            ),
-            **c,
+            chunk_table, dq, dk, dv, dg, db,
         )  # fmt: skip
     return dq, dk, dv, dg, db, dstate
 
 
-def run_back(p: Plan, q, k, decay, do, ready: Ready, init, scale, sizes, **outs) -> None:
-    """One :func:`scan.scan_back`; the outputs that are given are written."""
+@bound
+def _score_grads(p: Plan, scale: float) -> Launch:
+    return score_grads.bind(
+        (p.chunks, p.H), scale, p.T, **p.pick("H", "HV", "HD", "HB"), V=p.V, C=C,
+        DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.packed, FUSE=p.fuse, PRECISION=p.precision,
+        **p.config("score_grads"),
+    )  # fmt: skip
+
+
+@bound
+def _grads(p: Plan, scale: float, strong: bool) -> Launch:
+    return grads.bind(
+        (p.chunks, p.H), scale, p.T, **p.heads,
+        **p.switches(C=C, STRONG=strong, FUSE=p.fuse, EXACT=p.exact, PRECISION=p.precision),
+        **p.config("grads"),
+    )  # fmt: skip
+
+
+@bound
+def _scan_back(p: Plan, scale: float, init: bool, split: bool) -> Launch:
     c = p.config("scan_back")
-    scan_back[(p.segments * cdiv(p.V, c["BV"]), p.H)](
-        q, k, decay, do, ready.A, ready.P, ready.W, ready.QG, ready.KG, ready.GS, init, p.table,
-        *(outs.get(n) for n in ("OUT", "HS", "START", "LOCAL")),
-        scale, p.T, p.size, **pick(sizes, "H", "HQ", "HK", "HD"),
+    return scan_back.bind(
+        (p.segments * cdiv(p.V, c["BV"]), p.H), scale, p.T, p.size,
+        **p.pick("H", "HQ", "HK", "HD"),
         **p.switches(
-            C=C, BK=configs.key_width(p.K), HAS_INIT=init is not None, SPLIT="LOCAL" in outs,
-            FUSE=p.fuse, PRECISION=p.precision,
+            C=C, BK=configs.key_width(p.K), HAS_INIT=init, SPLIT=split, FUSE=p.fuse,
+            PRECISION=p.precision,
         ),
         **c,
+    )  # fmt: skip
+
+
+def run_back(p: Plan, q, k, decay, do, ready: Ready, init, scale, table, **outs) -> None:
+    """One :func:`scan.scan_back`; the outputs that are given are written."""
+    _scan_back(p, scale, init is not None, "LOCAL" in outs)(
+        q, k, decay, do, ready.A, ready.P, ready.W, ready.QG, ready.KG, ready.GS, init, table,
+        *[outs.get(n) for n in ("OUT", "HS", "START", "LOCAL")],
+    )  # fmt: skip
+
+
+@bound
+def _step(p: Plan, scale: float, init: bool) -> Launch:
+    c = p.config("step")
+    return step.bind(
+        (p.N * cdiv(p.V, c["BV"]), p.H), scale, p.T, **p.heads,
+        **p.switches(BK=configs.width(p.K), HAS_INIT=init), **c,
     )  # fmt: skip
 
 
@@ -382,10 +470,6 @@ def steps(q, k, v, decay, beta, state, cu, *, scale: float) -> tuple[Tensor, Ten
     p = plan(q, k, v, decay, beta, cu, whole=True)
     o = v.new_empty(p.B, p.T, p.H, p.V)
     final = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
-    c = p.config("step")
-    step[(p.N * cdiv(p.V, c["BV"]), p.H)](
-        q, k, v, decay, beta, state, p.table, o, final, scale, p.T,
-        **counts(p, q, k, v, decay, beta),
-        **p.switches(BK=configs.width(p.K), HAS_INIT=state is not None), **c,
-    )  # fmt: skip
+    table = tables(p, cu).segments
+    _step(p, scale, state is not None)(q, k, v, decay, beta, state, table, o, final)
     return o, final

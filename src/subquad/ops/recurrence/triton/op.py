@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.ops.kernel import dense, on_device
 from subquad.ops.operation import operation
 from subquad.ops.recurrence.triton import launch
 
@@ -41,7 +42,7 @@ def recurrence(
 
 
 def _dense(*tensors: Tensor | None) -> list[Any]:
-    return [None if t is None else t.contiguous() for t in tensors]
+    return [None if t is None else dense(t) for t in tensors]
 
 
 @operation("recurrence_steps")
@@ -55,7 +56,8 @@ def _steps(
     cu_seqlens: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return launch.steps(*_dense(q, k, v, decay, beta, state, cu_seqlens), scale=scale)
+    with on_device(q):
+        return launch.steps(*_dense(q, k, v, decay, beta, state, cu_seqlens), scale=scale)
 
 
 @operation("recurrence")
@@ -70,9 +72,10 @@ def _forward(
     scale: float,
     trains: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch.forward(
-        *_dense(q, k, v, decay, beta, state, cu_seqlens), scale=scale, trains=trains
-    )
+    with on_device(q):
+        return launch.forward(
+            *_dense(q, k, v, decay, beta, state, cu_seqlens), scale=scale, trains=trains
+        )
 
 
 @operation("recurrence_backward")
@@ -92,7 +95,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = _dense(q, k, v, decay, beta, state)
     more = _dense(cu_seqlens, starts, link)
-    out: tuple[Any, ...] = launch.backward(*_dense(do, dfinal), *inputs, *more, scale=scale)
+    with on_device(q):
+        out: tuple[Any, ...] = launch.backward(*_dense(do, dfinal), *inputs, *more, scale=scale)
     dq, dk, dv, ddecay, dbeta, dstate = (
         q.new_empty(0, dtype=torch.float32) if x is None else _fold(grad, x).to(x.dtype)
         for grad, x in zip(out, inputs, strict=True)
@@ -125,7 +129,8 @@ def _(q, k, v, decay, beta, state, cu_seqlens, scale):
 
 @_forward.fake
 def _(q, k, v, decay, beta, state, cu_seqlens, scale, trains=False):
-    p = launch.plan(q, k, v, decay, beta, cu_seqlens, tables=False)
+    # Sizes may be symbols, which cannot be looked up.
+    p = launch.lay_out.__wrapped__(*launch.shapes(q, k, v, decay, beta, cu_seqlens), False)
     return *_ends(q, k, v, decay, beta, cu_seqlens), *launch.carried(p, v)
 
 

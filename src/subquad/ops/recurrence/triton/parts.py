@@ -4,12 +4,16 @@ Legend: C rows of a chunk, i and j rows (queries) and columns (keys) inside it, 
 summed from the start of the chunk, ``[C]`` per head or ``[C,BK]`` per channel.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
+from subquad.ops.kernel import Kernel
+
 NONE, HEAD, CHANNEL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # One compilation serves every length and head count.
-SIZES = ("T", "SIZE", "H", "HQ", "HK", "HV", "HD", "HB")
+kernel = partial(Kernel, sizes=("T", "SIZE", "H", "HQ", "HK", "HV", "HD", "HB"))
 COLUMNS = tl.constexpr(6)  # of the table of segments: what :func:`segment` returns
 
 

@@ -19,7 +19,6 @@ no exponent is positive.
 import triton
 import triton.language as tl
 
-from subquad.ops.recurrence.triton.compiling import Kernel
 from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
@@ -28,6 +27,7 @@ from subquad.ops.recurrence.triton.parts import (
     halves,
     inverse,
     inverse_joined,
+    kernel,
     numbers,
     put_block,
     reference,
@@ -60,7 +60,7 @@ def _exact_scores(
     return qk, kk
 
 
-@Kernel
+@kernel
 def prepare(
     Q, K_, G_, BETA, TABLE, FLAG, SCRATCH, A, M, P, W, QG, KG, GS,
     scale, T, back, H, HQ, HK, HD, HB,

@@ -14,13 +14,13 @@ For a decay per head QG and KG are q and k, and the factors are put on o and D. 
 import triton
 import triton.language as tl
 
-from subquad.ops.recurrence.triton.compiling import Kernel
 from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
     block,
     fade,
     gates,
+    kernel,
     put_t,
     segment,
     tile,
@@ -53,7 +53,7 @@ def _operand(
         return tile(X, t, left, heads, hx, 0, K, C, BK)
 
 
-@Kernel
+@kernel
 def scan(
     Q, K_, V_, G_, A, M, W, QG, KG, GS, INIT, TABLE, O, D_, HS, FINAL, LOCAL, TOTAL,
     scale, T, SIZE, H, HQ, HK, HV, HD,
@@ -174,7 +174,7 @@ def scan(
         tl.store(at, S, mask=ok & (rows[:, None] < tl.where(closes, V, 0)))
 
 
-@Kernel
+@kernel
 def scan_back(
     Q, K_, G_, DO, A, P, W, QG, KG, GS, INIT, TABLE, OUT, HS, START, LOCAL,
     scale, T, SIZE, H, HQ, HK, HD,
@@ -262,7 +262,7 @@ def scan_back(
         tl.store(at, dS, mask=ok & (rows[:, None] < tl.where(opens, V, 0)))
 
 
-@Kernel
+@kernel
 def combine(
     LOCAL, LINK, INIT, FIRST, OUT,
     T, SIZE, H,

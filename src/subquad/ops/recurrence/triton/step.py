@@ -2,11 +2,10 @@
 
 import triton.language as tl
 
-from subquad.ops.recurrence.triton.compiling import Kernel
-from subquad.ops.recurrence.triton.parts import CHANNEL, HEAD, segment
+from subquad.ops.recurrence.triton.parts import CHANNEL, HEAD, kernel, segment
 
 
-@Kernel
+@kernel
 def step(
     Q, K_, V_, G_, BETA, INIT, TABLE, O, FINAL,
     scale, T, H, HQ, HK, HV, HD, HB,
