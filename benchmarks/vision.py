@@ -4,8 +4,10 @@
 resolution on scikit-learn's digits; ``--part transfer`` has some read larger images than they
 learned from; ``--part time`` times models of four blocks; ``--part reading`` fits single heads to
 softmax at every sharpness (one CPU thread, a minute each); ``--part page`` draws the figure and
-writes the tables of docs/evidence.md. Results go to results/vision.json after every cell, and what
-is in it is not measured again.
+writes the tables of docs/evidence.md. Every cell keeps a file of its own in ``--out``, and what is
+there or in results/vision.json is not measured again; ``--cell NAME`` measures one alone
+(``--list`` names those that are missing), so that cells can run apart. ``--part page`` takes the
+new ones into results/vision.json.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.bench.results import machine, write_json, write_section
+from subquad.bench.results import Cells, write_json, write_section
 from subquad.models.vision import VisionModel, create_vision_model
 from subquad.ops.attention import attention
 from subquad.ops.kernel_attention import bidirectional
@@ -52,7 +54,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
 }
 BASELINE = "softmax"
 Row = dict[str, Any]
-Cells = Iterator[tuple[str, Callable[[], Row]]]
+Made = Iterator[tuple[str, Callable[[], Row]]]
 
 
 def build(entry: str, side: int, device: str, **config: Any) -> VisionModel:
@@ -64,14 +66,14 @@ def build(entry: str, side: int, device: str, **config: Any) -> VisionModel:
     return create_vision_model("micro", mixer=mixer, patch=PATCH, **config).to(device)
 
 
-def accuracies(device: str, path: str | None, steps: int) -> Cells:
+def accuracies(device: str, path: str | None, steps: int) -> Made:
     for side in reversed(SIDES):  # the long ones first, should time run out
-        task = create_task("images", size=PATCH * side, path=path)
         for entry in ENTRIES:
-            yield f"{entry} | {side}", partial(accuracy, entry, side, task, device, steps)
+            yield f"{entry} | {side}", partial(accuracy, entry, side, device, path, steps)
 
 
-def accuracy(entry: str, side: int, task: Any, device: str, steps: int) -> Row:
+def accuracy(entry: str, side: int, device: str, path: str | None, steps: int) -> Row:
+    task = create_task("images", size=PATCH * side, path=path)
     config = TrainConfig(steps=steps, batch=60, lr=2e-3, warmup=20, eval_batches=6)
     model = build(entry, side, device, dims=[64], heads=[4], depths=[3], init_std=0.08)
     start = time.perf_counter()
@@ -94,7 +96,7 @@ TRANSFERRED: dict[str, dict[str, Any]] = {
 LARGER = (28, 42, 56, 84)  # tokens a side; trained at the first
 
 
-def transfers(device: str, path: str | None, steps: int) -> Cells:
+def transfers(device: str, path: str | None, steps: int) -> Made:
     for entry, mixer in TRANSFERRED.items():
         yield entry, partial(transfer, mixer, device, path, steps)
 
@@ -111,7 +113,7 @@ def transfer(mixer: dict[str, Any], device: str, path: str | None, steps: int) -
     return {str(s): evaluate(model, task, config)["accuracy"] for s, task in tasks.items()}
 
 
-def times(device: str) -> Cells:
+def times(device: str) -> Made:
     for side in TIMED if device == "cuda" else TIMED[:5]:
         for entry in ENTRIES:
             yield f"{entry} | {side}", partial(timing, entry, side, device)
@@ -167,7 +169,7 @@ READERS: dict[str, tuple[str | None, Callable[[Tensor], Tensor]]] = {
 }
 
 
-def readings() -> Cells:
+def readings() -> Made:
     for entry, (normalizer, phi) in READERS.items():
         yield entry, partial(reading, normalizer, phi)
 
@@ -307,9 +309,12 @@ def transfer_words(rows: dict[str, Row]) -> list[str]:
         f"| | {head} |",
         "| --- |" + " ---: |" * len(LARGER),
     ]
-    for entry, row in rows.items():
-        lines.append(f"| {entry} | " + " | ".join(f"{row[str(s)]:.3f}" for s in LARGER) + " |")
-    return [*lines, ""]
+    for entry in (entry for entry in TRANSFERRED if entry in rows):
+        row = rows[entry]
+        name = f"{entry} ({row['on']})" if "on" in row else entry
+        lines.append(f"| {name} | " + " | ".join(f"{row[str(s)]:.3f}" for s in LARGER) + " |")
+    missing = [entry for entry in TRANSFERRED if entry not in rows]
+    return [*lines, "", *([f"Not measured: {', '.join(missing)}.", ""] if missing else [])]
 
 
 def reading_words(rows: dict[str, Row]) -> list[str]:
@@ -364,33 +369,55 @@ def draw(found: dict[str, Any]) -> None:
     figure.savefig(FIGURE, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
 
 
+def gather(found: dict[str, Any], kept: Cells) -> None:
+    """Take new cells into the results; a row of another machine than its table's says so."""
+    for part, make in PARTS.items():
+        for name, _ in make("cuda", None, 0):
+            if name in found[part] or f"{part}-{name}" not in kept:
+                continue
+            row = kept[f"{part}-{name}"]
+            made = row.pop("made")
+            table = found["made"].setdefault(part, made)
+            if made["device"] != table["device"]:
+                row["on"] = f"{made['device']}, torch {made['torch']}"
+            found[part][name] = row
+
+
+PARTS: dict[str, Callable[[str, str | None, int], Made]] = {
+    "accuracy": accuracies,
+    "transfer": transfers,
+    "time": lambda device, path, steps: times(device),
+    "reading": lambda device, path, steps: readings(),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--part", choices=("accuracy", "transfer", "time", "reading", "page"), default="page"
-    )
+    parser.add_argument("--part", choices=(*PARTS, "page"), default="page")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--path", help="of the images; scikit-learn's digits where left out")
-    parser.add_argument("--share", default="0/1", help="i/n: every n-th missing cell from the i-th")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--cell", help="the only one to measure")
+    parser.add_argument("--list", action="store_true", help="print the missing cells' names")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "vision")
     asked = parser.parse_args()
-    found: dict[str, Any] = {"made": {}, "accuracy": {}, "transfer": {}, "time": {}, "reading": {}}
-    if asked.results.exists():
-        found |= json.loads(asked.results.read_text())
+    found: dict[str, Any] = {"made": {}, **{part: {} for part in PARTS}}
+    if RESULTS.exists():
+        found |= json.loads(RESULTS.read_text())
+    kept = Cells(asked.out)
     if asked.part == "page":
+        gather(found, kept)
+        write_json(RESULTS, found)
         return page(found)
-    cells = times(asked.device) if asked.part == "time" else readings()
-    if asked.part in ("accuracy", "transfer"):
-        draws = accuracies if asked.part == "accuracy" else transfers
-        cells = draws(asked.device, asked.path, asked.steps)
-    first, processes = map(int, asked.share.split("/"))
-    missing = [cell for cell in cells if cell[0] not in found[asked.part]]
-    for name, cell in missing[first::processes]:
-        found[asked.part][name] = cell()
-        found["made"][asked.part] = machine()
-        write_json(asked.results, found)
-        print(asked.part, "|", name, "|", found[asked.part][name], flush=True)
+    cells = dict(PARTS[asked.part](asked.device, asked.path, asked.steps))
+    if asked.cell is not None and asked.cell not in cells:
+        parser.error(f"--cell must be one of {', '.join(cells)}, got {asked.cell}")
+    for name in [asked.cell] if asked.cell else cells:
+        if name not in found[asked.part] and f"{asked.part}-{name}" not in kept:
+            if asked.list:
+                print(name)
+            else:
+                kept.keep(f"{asked.part}-{name}", cells[name]())
     return None
 
 

@@ -1,5 +1,6 @@
 """The task of images: digits, folders and files, a split that holds, errors that name the cause."""
 
+import shutil
 import sys
 from unittest import mock
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from subquad.tasks import EVAL_SEEDS, create_task
+from subquad.tasks.pictures import Folder
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def test_scores(digits):
         digits.score(sure[:, 1:], batch)
 
 
-def test_a_folder_a_class(folder):
+def test_a_folder_a_class(folder, tmp_path_factory):
     task = create_task("images", path=folder, size=4, channels=3, held_out=0.25)
     assert task.classes == ("blue", "red")
     assert task.counts == (18, 6)
@@ -96,11 +98,26 @@ def test_a_folder_a_class(folder):
     for image, label in zip(batch.inputs, batch.labels):
         color = [-1.0, -1.0, 1.0] if label == 0 else [1.0, -1.0, -1.0]
         assert torch.allclose(image, torch.tensor(color)[:, None, None].expand(3, 4, 4), atol=0.02)
-    assert task.options()["path"] == str(folder)
+    moved = shutil.copytree(folder, tmp_path_factory.mktemp("moved") / "set")
+    again = create_task("images", path=moved, size=4, channels=3, held_out=0.25)
+    assert task.options() == again.options()
+    assert torch.equal(task.batch(4, 0).inputs, again.batch(4, 0).inputs)
+    next(moved.glob("*/*.png")).unlink()
+    assert Folder(moved).digest() != Folder(folder).digest()
 
 
 def test_files_without_folders_are_one_class(folder):
     assert create_task("images", path=folder / "red", size=4).classes == ("red",)
+
+
+def test_the_digits_from_a_file_are_the_same(digits, tmp_path):
+    """Options and batches depend on what the pictures are, not on where they lie."""
+    found = digits._pictures
+    tensors = {"images": found.images.contiguous(), "labels": found.labels}
+    save_file(tensors, tmp_path / "digits.safetensors")
+    again = create_task("images", path=tmp_path / "digits.safetensors", size=16)
+    assert again.options() == digits.options()
+    assert torch.equal(again.batch(5, 3).inputs, digits.batch(5, 3).inputs)
 
 
 def test_a_safetensors_file(tmp_path):

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from subquad.bench import figures, report, units
-from subquad.bench.results import Results, table
+from subquad.bench.results import Cells, Results, table
 
 ENTRIES = ("softmax", "gla[heads=2]", "hybrid:3")
 
@@ -206,3 +206,13 @@ def test_table_of_rows_with_different_columns():
         "| b | 12,346 |  | a CPU |",
         "",
     ]
+
+
+def test_cells_are_kept_apart(tmp_path):
+    """A file a cell, with where it was measured."""
+    cells = Cells(tmp_path / "run")
+    assert "softmax | 8" not in cells
+    cells.keep("softmax | 8", {"loss": 0.5})
+    found = Cells(tmp_path / "run")["softmax | 8"]
+    assert found.pop("made")["torch"]
+    assert found == {"loss": 0.5}

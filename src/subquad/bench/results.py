@@ -77,6 +77,29 @@ class Results:
         return list(dict.fromkeys(cell["task"] for cell in self.trained()))
 
 
+@dataclass(frozen=True)
+class Cells:
+    """Measurements in a folder, a file each, so that several processes can share the work: what is
+    there is not measured again."""
+
+    folder: Path
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).exists()
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """What was kept, and as ``made`` where and when it was measured."""
+        return json.loads(self._path(name).read_text())
+
+    def keep(self, name: str, found: Mapping[str, Any]) -> None:
+        """Write and print a measurement."""
+        print(name, "|", dict(found), flush=True)
+        write_json(self._path(name), {"made": machine(), **found})
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write aside, then rename: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

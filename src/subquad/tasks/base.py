@@ -86,9 +86,13 @@ class Task:
         """The options as plain data: what, with the seed, determines the data."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.init}
 
+    def stream(self) -> dict[str, Any]:
+        """The options that the random streams depend on: those, where nothing else is said."""
+        return self.options()
+
     def generator(self, seed: int) -> np.random.Generator:
         """A random stream of its own for every (task, options, seed)."""
-        text = json.dumps([self.name, self.options()], sort_keys=True)
+        text = json.dumps([self.name, self.stream()], sort_keys=True)
         digest = hashlib.sha256(text.encode()).digest()
         return np.random.default_rng([seed, int.from_bytes(digest[:16], "big")])
 

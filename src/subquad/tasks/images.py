@@ -81,7 +81,12 @@ class Images(Task):
         return len(self._parts[0]), len(self._parts[1])
 
     def options(self) -> dict[str, Any]:
-        return {**super().options(), "images": list(self.counts)}
+        """With what the pictures are in place of where they lie."""
+        return {**super().options(), "path": self._pictures.digest(), "images": list(self.counts)}
+
+    def stream(self) -> dict[str, Any]:
+        """Streams choose places in the set, whatever pictures stand there."""
+        return {**super().options(), "path": None, "images": list(self.counts)}
 
     def batch(self, n: int, seed: int) -> Batch:
         checks.positive("n", n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ class Pictures(Protocol):
 
     def take(self, which: Sequence[int], size: int, channels: int) -> Tensor:
         """Those pictures as float32 ``[n,channels,size,size]``, 0 black and 1 white."""
+        ...
+
+    def digest(self) -> str:
+        """Tells one set from another, wherever either lies."""
         ...
 
 
@@ -60,12 +65,19 @@ class Stacked:
         x = F.interpolate(x, (size, size), mode="bilinear", align_corners=False, antialias=True)
         return x.clamp(0, 1)
 
+    def digest(self) -> str:
+        """Of the pixels and labels."""
+        found = hashlib.sha256(self.images.numpy().tobytes())
+        found.update(self.labels.numpy().tobytes())
+        return found.hexdigest()[:16]
+
 
 class Folder:
     """Image files, one folder a class; files in ``root`` itself, without such folders, are one
     class. A picture is read when it is asked for, its middle square scaled to the size."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         inside = sorted(path for path in root.iterdir() if not path.name.startswith("."))
         folders = [path for path in inside if path.is_dir()]
         found = [(folder, _files(folder.rglob("*"))) for folder in folders]
@@ -79,6 +91,11 @@ class Folder:
 
     def take(self, which: Sequence[int], size: int, channels: int) -> Tensor:
         return torch.stack([_read(self.files[i], size, channels) for i in which])
+
+    def digest(self) -> str:
+        """Of the files' names and sizes."""
+        inside = [f"{f.relative_to(self.root).as_posix()} {f.stat().st_size}" for f in self.files]
+        return hashlib.sha256("\n".join(inside).encode()).hexdigest()[:16]
 
 
 def open_pictures(path: str | os.PathLike[str] | None) -> Pictures:
