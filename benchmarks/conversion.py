@@ -10,7 +10,7 @@ of kept layers, then measures perplexity on held-out files at 1,024 tokens, need
 and the bytes of the cache. Each is written to --out as it ends, beside what other processes wrote
 there meanwhile, and is not measured again unless its definition has changed. With ``--work`` a
 conversion that was stopped goes on (its seconds are then not known). ``--alone`` says that nobody
-else uses the machine. ``--take`` adds the cells of other files, ``--report`` writes the section of
+else uses the device. ``--take`` adds the cells of other files, ``--report`` writes the section of
 docs/evidence.md.
 """
 
@@ -79,6 +79,10 @@ CELLS: dict[str, dict[str, Any]] = {
         "recipe": "lolcats", "keep": 1, "options": WIDE, "set": LONG, "transfer": THRICE,
         "tune": LORA,
     },
+    f"{BEST}, best layer kept, windows of 128, thrice the rate, 120 texts of 4,096": {
+        "recipe": "lolcats", "keep": 1, "options": WIDE,
+        "set": {"steps": 120, "length": 4096, "batch": 1}, "transfer": THRICE, "tune": LORA,
+    },
     f"{BEST}, random layer kept, windows of 128, thrice the rate": {
         "recipe": "lolcats", "keep": RANDOM, "options": WIDE, "set": LONG, "transfer": THRICE,
         "tune": LORA,
@@ -87,6 +91,12 @@ CELLS: dict[str, dict[str, Any]] = {
         "recipe": "lolcats", "keep": RANDOM, "options": PLAIN, "set": LONG, "tune": LORA,
     },
     BEST: {"recipe": "lolcats", "options": PLAIN, "set": LONG, "tune": LORA},
+    f"{BEST}, 1k texts, windows of 128, thrice the rate": {
+        "recipe": "lolcats", "options": WIDE, "set": SHORT, "transfer": THRICE, "tune": LORA,
+    },
+    f"{BEST}, 1k texts, windows of 128, thrice the rate, transfer alone": {
+        "recipe": "lolcats", "options": WIDE, "only": Transfer, "set": SHORT, "transfer": THRICE,
+    },
     "lolcats, best layer kept": {"recipe": "lolcats", "keep": 1, "set": LONG, "tune": LORA},
     "lolcats, best layer kept, 1k texts": {
         "recipe": "lolcats", "keep": 1, "set": SHORT, "tune": LORA,
@@ -122,7 +132,7 @@ def main() -> None:
     asked.add_argument("--length", type=int, help="of every stage")
     asked.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192])
     asked.add_argument("--samples", type=int, default=SAMPLES, help="prompts of a length")
-    asked.add_argument("--alone", action="store_true", help="nobody else uses the machine")
+    asked.add_argument("--alone", action="store_true", help="nobody else uses the device")
     asked.add_argument("--work", type=Path, help="where conversions are kept; nowhere if not given")
     asked.add_argument("--out", type=Path, default=RESULTS)
     asked.add_argument("--take", type=Path, nargs="+", default=[], help="add these files' cells")
@@ -275,7 +285,7 @@ def report(results: dict[str, Any]) -> None:
         "of 4 facts asked; the cache behind 8,192 tokens. Texts of 8,192 tokens and 200 steps a "
         "stage where the name does not say otherwise (Hedgehog: of 256, then 1,024). Layers kept "
         "are chosen by the recipe's score but in the rows with a random one. Seconds are those of "
-        "the whole conversion, loading and scoring too, with other processes on the same machine; "
+        "the whole conversion, loading and scoring too, with other processes on the same device; "
         "those with a star are of one that no other process used.",
         "",
         f"| recipe | layers kept | tokens | perplexity | {' | '.join(head)} | cache | of it | s |",
