@@ -36,6 +36,14 @@ class _Bound:
     positions: Tensor | None = None
 
 
+class _Found(Exception):
+    """Ends a forward pass that was run for one attention's call: what follows is not needed."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+
 def _attend(
     module: nn.Module,
     query: Tensor,
@@ -71,7 +79,7 @@ def _attend(
         tally=applied.tally,
     )
     if applied.watched == bound.site.index:
-        applied.found = call
+        raise _Found(call)
     if call.tally is not None and applied.watched is None:
         unread = bound.cache.skipped if bound.cache is not None else 0
         first = unread * (unread + 1) // 2 if call.first else 0
@@ -129,7 +137,6 @@ class Applied:
         self.model = model
         self.tally: Tally | None = None
         self.watched: int | None = None
-        self.found: Call | None = None
         self.starts: list[int] | None = None
         self._modules = attention_modules(model)
         if self._modules[0] in _sites:
@@ -215,16 +222,16 @@ class Applied:
         return {"input_ids": ids, "attention_mask": None, "position_ids": places}
 
     def look(self, ids: Tensor, layer: int | None = None) -> Call:
-        """Run the model over ``ids [B,T]``, without a cache, for what the attention of ``layer``
-        (the last where None) is called with."""
+        """Run the model over ``ids [B,T]``, without a cache, as far as the attention of ``layer``
+        (the last where None), for what that is called with."""
         self.watched = len(self.sites) - 1 if layer is None else layer
         try:
             decoder_of(self.model)(input_ids=ids, use_cache=False)
+        except _Found as found:
+            return found.call
         finally:
             self.watched = None
-        found, self.found = self.found, None
-        assert found is not None
-        return found
+        raise AssertionError("the model never called the attention of that layer")
 
     def _enter_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Note the positions; for late rotation let the module rotate by nothing."""
