@@ -39,7 +39,7 @@ def test_heads_choose_for_themselves():
     call = next(calls(policy, prompt=160))
     policy.prefill(call)
     m = torch.arange(40, 160) // 4
-    choice = policy._choose(call, call.q[0, 40:], m - 2, 2)
+    choice = policy._choose(call, call.q[0, 40:], 40, 2, 2)
     assert (choice[:, 0] != choice[:, 1]).any()
     assert bool((choice.diff(dim=-1) > 0).all())
     assert int(choice.min()) >= 1
@@ -63,13 +63,13 @@ def test_summary_of_a_chunk():
 @pytest.mark.parametrize("n", [1, 7, 300])
 def test_dispatch(n):
     """Equal to each query over its chosen chunks."""
-    q, (k, v) = torch.randn(n, 4, 3, 8).double(), torch.randn(2, 9, 5, 2, 8).double()
-    choice = torch.rand(n, 4, 9).argsort(-1)[..., :3]
+    q, (k, v) = torch.randn(3, n, 4, 8).double(), torch.randn(2, 9, 5, 2, 8).double()
+    choice = torch.rand(9, n, 4).argsort(0)[:3]
     o, lse = dispatch(q, choice, k, v, scale=0.3)
     for i in range(0, n, 37):
         for h in range(4):
-            picked = choice[i, h]
-            scores = torch.cat([k[c, :, h // 2] @ q[i, h, p] * 0.3 for p, c in enumerate(picked)])
+            picked = choice[:, i, h]
+            scores = torch.cat([k[c, :, h // 2] @ q[p, i, h] * 0.3 for p, c in enumerate(picked)])
             close(lse[i, h], scores.logsumexp(0))
             close(o[i, h], scores.softmax(0) @ v[picked][:, :, h // 2].flatten(0, 1))
 

@@ -259,7 +259,7 @@ class Applied:
             extra = {"layer_type": module.layer_type} if "layer_type" in kinds else {}
             cos, sin = rotary(x, positions, **extra)
             x = x.transpose(1, 2)
-            return apply_rope(x, x, cos, sin)[0].transpose(1, 2)
+            return apply_rope(x, x[:, :0], cos, sin)[0].transpose(1, 2)  # queries alone
 
         return rotated
 

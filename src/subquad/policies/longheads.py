@@ -87,13 +87,17 @@ class LongHeads(Policy):
         lone = T == 1 and self.exclude_self and call.layer.seen % l == 0
         done = min(max(after - before - (T == 1 and self.exclude_self), 0), T)
         outs = [self._plain(call, done)] if done else []
-        most = max(l, PIECE // (call.q[0, 0].numel() * self.chunks) // l * l)
+        most = PIECE * (1 + 3 * call.q.is_cuda) // (call.q[0, 0].numel() * self.chunks)
+        most = max(l, most // l * l)
+        text = None
+        if T - done > l:  # a prompt reads nearly all chunks, piece by piece: they are rotated once
+            text = self._chunks(call, torch.arange(-(-call.layer.seen // l), device=call.q.device))
         while done < T:
             # At once go tokens that have as many chunks to choose from.
             start = before + done
             few = start // l + 1 < self.chunks
             n = min(l - start % l if few else most, T - done)
-            outs.append(self._piece(call, done, n, lone))
+            outs.append(self._piece(call, done, n, lone, text))
             done += n
         return torch.cat(outs)
 
@@ -136,36 +140,42 @@ class LongHeads(Policy):
         said = attention(q, k, v, scale=call.scale).mean(1, keepdim=True)
         return attention(said, k, k, scale=call.scale)[:, 0]
 
-    def _piece(self, call: Call, done: int, n: int, lone: bool) -> Tensor:
+    def _piece(
+        self, call: Call, done: int, n: int, lone: bool, text: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """New tokens ``done .. done + n - 1`` over their chosen chunks, ``[n,H,V]``: those at the
-        end, the first, and what each head chose, merged.
+        end, the first, and what each head chose, merged. ``text`` is that of all chunks.
 
         A query that stands ``d`` chunks after a chosen chunk, and at r in its own, is rotated to
         ``d l + r`` and that chunk's keys to 0..l-1: so keys are rotated once for all queries.
         """
-        layer, l, q = call.layer, self.chunk, call.q[:, done : done + n]
-        t = layer.seen - call.q.shape[1] + done + torch.arange(n, device=q.device)
-        m, r = t // l, (t % l)[None]
-        first = int(m[0])
-        chosen = min(self.chunks - lone, first + 1)
+        l, q = self.chunk, call.q[:, done : done + n]
+        start = call.layer.seen - call.q.shape[1] + done
+        t = start + torch.arange(n, device=q.device)
+        r = (t % l)[None]
+        chosen = min(self.chunks - lone, start // l + 1)
         tail = min(1 if lone else 2, chosen)  # chunks at the end
         lead = min(1, chosen - tail)  # the very first one
         free = chosen - tail - lead
-        parts = [self._tail(call, call.rotate(q, (tail - 1) * l + r), t, tail)]
+        parts = [self._tail(call, call.rotate(q, (tail - 1) * l + r), start, tail)]
         if lead:
-            k, v = self._chunks(call, torch.zeros_like(m[:1]))
+            k, v = self._chunks(call, torch.zeros_like(t[:1]))
             away = call.rotate(q, (chosen - 1) * l + r)
             o, lse = attention(away, k, v, scale=call.scale, return_lse=True)
             parts.append((o[0], lse[0]))
         if free:
-            choice = self._choose(call, q[0], m - tail, free)
-            used, index = choice.unique(return_inverse=True)
-            k, v = self._chunks(call, used)
+            index = self._choose(call, q[0], start, tail, free)
+            if text is None:
+                used, index = index.unique(return_inverse=True)
+                k, v = self._chunks(call, used)
+            else:
+                k, v = (x[: (start + n - 1) // l + 1] for x in text)
             away = torch.arange(tail + free - 1, tail - 1, -1, device=q.device)[:, None] * l + r
-            turned = call.rotate(q.expand(free, -1, -1, -1), away).permute(1, 2, 0, 3)
-            parts.append(dispatch(turned, index, k, v, scale=call.scale))
-        blind = n * (self.exclude_self and call.q.shape[1] > 1)
-        call.count(call.site.heads * (n * (chosen - 1) * l + int(r.sum()) + n - blind))
+            turned = call.rotate(q.expand(free, -1, -1, -1), away)
+            parts.append(dispatch(turned, index.permute(2, 0, 1), k, v, scale=call.scale))
+        if call.tally is not None:
+            blind = n * (self.exclude_self and call.q.shape[1] > 1)
+            call.count(call.site.heads * (n * (chosen - 1) * l + r.sum() + n - blind))
         return merge([(o[None], lse[None]) for o, lse in parts])[0][0]
 
     def _chunks(self, call: Call, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,15 +190,11 @@ class LongHeads(Policy):
         place = torch.arange(self.chunk, device=index.device).expand(len(index), -1)
         return call.rotate(k, place), v
 
-    def _tail(self, call: Call, q: Tensor, t: Tensor, chunks: int) -> tuple[Tensor, Tensor]:
-        """The rotated ``q [1,n,H,K]`` at ``t`` over what came before in its own chunk and, with
-        ``chunks`` 2, over the chunk before that."""
-        l, n, first, last = (
-            self.chunk,
-            q.shape[1],
-            int(t[0]) // self.chunk,
-            int(t[-1]) // self.chunk,
-        )
+    def _tail(self, call: Call, q: Tensor, start: int, chunks: int) -> tuple[Tensor, Tensor]:
+        """The rotated ``q [1,n,H,K]`` from ``start`` on over what came before in its own chunk and,
+        with ``chunks`` 2, over the chunk before that."""
+        l, n = self.chunk, q.shape[1]
+        first, last = start // l, (start + n - 1) // l
         index = torch.arange(first - chunks + 1, last + 1, device=q.device)
         tokens = (index[0] * l + torch.arange(len(index) * l, device=q.device)).clamp_max(
             call.layer.seen - 1
@@ -202,7 +208,7 @@ class LongHeads(Policy):
         m = mask.causal()
         if self.exclude_self and call.q.shape[1] > 1:
             m = m & ~mask.window(0)
-        lead, count = int(t[0]) % l, last - first + 1
+        lead, count = start % l, last - first + 1
         if count == 1:
             offset = (chunks - 1) * l + lead
             o, lse = attention(q, k, v, m, scale=call.scale, offset=offset, return_lse=True)
@@ -211,18 +217,21 @@ class LongHeads(Policy):
         o, lse = attention(q, k, v, m, scale=call.scale, return_lse=True)
         return o.flatten(0, 1)[lead : lead + n], lse.flatten(0, 1)[lead : lead + n]
 
-    def _choose(self, call: Call, q: Tensor, last: Tensor, n: int) -> Tensor:
-        """For each query and head (before rotation) the n best of the chunks ``1..last``, rising:
-        int ``[T,H,n]``."""
+    def _choose(self, call: Call, q: Tensor, start: int, tail: int, n: int) -> Tensor:
+        """For each query and head, ``q [T,H,K]`` from ``start`` on and before rotation, the n best
+        of the chunks between the first and its last ``tail``, rising: int ``[T,H,n]``."""
         layer = call.layer
         assert isinstance(layer, ChunkLayer)
-        C = int(last[-1])
-        summaries = layer.notes[0].summaries.data[0, 1 : C + 1]
+        C = (start + len(q) - 1) // self.chunk - tail
+        # What is compared is not rounded: of thousands of chunks many score nearly the same.
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        summaries = layer.notes[0].summaries.data[0, 1 : C + 1].to(wide)
         chunk = torch.arange(1, C + 1, device=q.device)
+        last = (start + torch.arange(len(q), device=q.device)) // self.chunk - tail
         step, out = max(1, SCORES // (C * q.shape[1])), []
         for i in range(0, len(q), step):
-            score = torch.einsum("thk,chk->thc", q[i : i + step], summaries)
+            score = torch.einsum("thk,chk->thc", q[i : i + step].to(wide), summaries)
             hidden = chunk > last[i : i + step, None, None]
-            best = score.masked_fill(hidden, -torch.inf).topk(n, -1).indices
+            best = score.masked_fill_(hidden, -torch.inf).topk(n, -1, sorted=False).indices
             out.append(best.sort(-1).values + 1)
         return torch.cat(out)
