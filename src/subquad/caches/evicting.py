@@ -75,11 +75,14 @@ class EvictingLayer(KVLayer):
     def store(self, k: Tensor, v: Tensor) -> None:
         if self.compressed:
             N, T = self.places.shape[2], k.shape[1]
-            k, v = (x.repeat_interleave(N // x.shape[2], 2) for x in (k, v))
-            columns = torch.arange(self.seen - T, self.seen, dtype=torch.int32, device=k.device)
-            start = torch.tensor(self.starts or [0], dtype=torch.int32, device=k.device)
-            place = (columns - start[:, None])[..., None]
-            self._places.append(place.expand(k.shape[0], T, N))
+            if k.shape[2] < N:
+                k, v = (x.repeat_interleave(N // x.shape[2], 2) for x in (k, v))
+            place = torch.arange(self.seen - T, self.seen, dtype=torch.int32, device=k.device)
+            if self.starts is not None:  # a copy to the device, for which the host would wait
+                place = (
+                    place - torch.tensor(self.starts, dtype=torch.int32, device=k.device)[:, None]
+                )
+            self._places.append(place[..., None].expand(k.shape[0], T, N))
         super().store(k, v)
 
     def row(self, b: int) -> KVLayer:

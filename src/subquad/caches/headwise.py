@@ -21,7 +21,7 @@ class Lists(NamedTuple):
 
     Attributes:
         k, v: ``[M,K]``; places: int32 ``[M]``, where each entry stands in its row.
-        ptr: int32 ``[B*N+1]``.
+        ptr: int32 ``[B*N+1]``, on the CPU, where it is read at every token.
     """
 
     k: Tensor
@@ -92,7 +92,7 @@ class HeadwiseLayer(EvictingLayer):
             for x in (self.keys, self.values)
         )
         flat = [index for heads in chosen for index in heads]
-        sizes = torch.tensor([len(index) for index in flat], device=k.device)
+        sizes = torch.tensor([len(index) for index in flat])
         self._lists = Lists(k, v, torch.cat(flat).to(torch.int32), _bounds(sizes))
         self._keys = Rows(self.keys[:, tail:].clone())
         self._values = Rows(self.values[:, tail:].clone())

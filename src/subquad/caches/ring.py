@@ -65,10 +65,17 @@ class RingLayer(KVLayer):
         starts = self.starts or [0] * self.ring[0].shape[0]
         return [max(self.settled - start, 0) for start in starts]
 
+    def counted(self, device: torch.device) -> Tensor:
+        """:meth:`lengths` as int64 ``[B,1]``; the host waits for the device only where rows are
+        padded."""
+        if self.starts is None:
+            return torch.full((self._batch, 1), self.settled, device=device)
+        return torch.tensor(self.lengths(), device=device)[:, None]
+
     def token_at(self, slot: Tensor) -> Tensor:
         """Which token lies in each ``slot [n]``, as its row counts: ``[B,n]``; only for slots that
         are filled."""
-        last = torch.tensor(self.lengths(), device=slot.device)[:, None] - 1
+        last = self.counted(slot.device) - 1
         return torch.where(slot < self.sinks, slot, last - (last - slot) % self.window)
 
     def _slot(self, t: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ Legend: B batch, T new tokens, S cached entries, G key/value heads, K head dim, 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -37,8 +39,8 @@ class SplitLayer(KVLayer):
     """Whole heads and streaming heads.
 
     Attributes:
-        parts: for each kind that there is, its heads, int ``[n]``, and their layer. (The layers of
-            a :meth:`row` hold that row's keys in the order of the text.)
+        parts: for each kind that there is, its heads and their layer. (The layers of a :meth:`row`
+            hold that row's keys in the order of the text.)
     """
 
     def __init__(self, streaming: Tensor, sinks: int, window: int, own: int | None = None) -> None:
@@ -52,11 +54,13 @@ class SplitLayer(KVLayer):
     def _clear(self) -> None:
         super()._clear()
         streaming, sinks, window, own = self._made
-        kinds: list[tuple[Tensor, KVLayer]] = [
-            ((~streaming).nonzero()[:, 0], KVLayer(own)),
-            (streaming.nonzero()[:, 0], WaitingRing(sinks, min(window, own or window))),
+        kinds: list[tuple[bool, KVLayer]] = [
+            (False, KVLayer(own)),
+            (True, WaitingRing(sinks, min(window, own or window))),
         ]
-        self.parts = [(heads, part) for heads, part in kinds if len(heads)]
+        streams = streaming.tolist()
+        parts = [(tuple(g for g, s in enumerate(streams) if s is kind), p) for kind, p in kinds]
+        self.parts = [(heads, part) for heads, part in parts if heads]
 
     @property
     def nbytes(self) -> int:
@@ -90,11 +94,17 @@ class SplitLayer(KVLayer):
         return self.parts[0][1]._batch
 
 
-def taken(x: Tensor, heads: Tensor, share: int = 1) -> Tensor:
-    """Of ``x [B,T,H,K]`` the heads that ``share`` each of the key heads ``heads [n]`` (rising, on
-    the CPU); a view where these stand side by side."""
-    first, last = int(heads[0]), int(heads[-1])
-    if last - first + 1 == len(heads):
-        return x[:, :, first * share : (last + 1) * share]
-    own = (heads[:, None] * share + torch.arange(share)).flatten()
-    return x.index_select(2, own.to(x.device))
+def taken(x: Tensor, heads: tuple[int, ...], share: int = 1) -> Tensor:
+    """Of ``x [B,T,H,K]`` the heads that ``share`` each of the key heads ``heads`` (rising); a view
+    where these stand side by side."""
+    if heads[-1] - heads[0] + 1 == len(heads):
+        return x[:, :, heads[0] * share : (heads[-1] + 1) * share]
+    return x.index_select(2, _index(heads, share, x.device))
+
+
+@lru_cache
+def _index(heads: tuple[int, ...], share: int, device: torch.device) -> Tensor:
+    """Made once: a copy to the device waits for all that was started there."""
+    with torch.inference_mode(False):
+        own = [head * share + i for head in heads for i in range(share)]
+        return torch.tensor(own, device=device)

@@ -121,7 +121,7 @@ class Duo(Policy):
             else:
                 read = self._stream if streaming[heads[0]] else self._whole
                 o = read(call, q, part.keys, part.values)
-            found |= zip(heads.tolist(), o.split(share, 2), strict=True)
+            found |= zip(heads, o.split(share, 2), strict=True)
         return torch.cat([found[head] for head in sorted(found)], 2)
 
     def _whole(self, call: Call, q: Tensor, k: Tensor, v: Tensor, sinks: int = 0) -> Tensor:

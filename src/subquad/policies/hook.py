@@ -146,6 +146,8 @@ class Applied:
         self.policy: Policy = policy.prepare(model)
         self.policy.check(self.sites)
         self._rotary = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
+        kinds = {} if self._rotary is None else inspect.signature(self._rotary.forward).parameters
+        self._by_type = "layer_type" in kinds
         if self.policy.late_rope and (self._rotary is None or _rotation(self._modules[0]) is None):
             raise ValueError(f"{type(model).__name__} has no rotary embedding to apply late")
         AttentionInterface.register(NAME, _attend)
@@ -251,12 +253,11 @@ class Applied:
     def rotate(self, module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """The model's own rotation, at any positions."""
         rotary, apply_rope = self._rotary, _rotation(module)
+        extra = {"layer_type": getattr(module, "layer_type", None)} if self._by_type else {}
 
         def rotated(x: Tensor, positions: Tensor) -> Tensor:
             if rotary is None or apply_rope is None:
                 raise ValueError(f"{type(self.model).__name__} has no rotary embedding to apply")
-            kinds = inspect.signature(rotary.forward).parameters
-            extra = {"layer_type": module.layer_type} if "layer_type" in kinds else {}
             cos, sin = rotary(x, positions, **extra)
             x = x.transpose(1, 2)
             return apply_rope(x, x[:, :0], cos, sin)[0].transpose(1, 2)  # queries alone

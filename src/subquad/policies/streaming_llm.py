@@ -97,7 +97,7 @@ class StreamingLLM(Policy):
         slot = torch.arange(k.shape[1], device=k.device)
         q = call.q
         if self.late_rope:
-            seen = torch.tensor(layer.lengths(), device=k.device)[:, None]
+            seen = layer.counted(k.device)
             gone = (seen - layer.slots).clamp_min(0)
             place = torch.where(slot < self.sinks, slot, layer.token_at(slot) - gone)
             k = call.rotate(k, place.clamp_min(0))
