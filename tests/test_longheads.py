@@ -30,7 +30,7 @@ def test_never_beyond_the_length(exclude_self):
     assert call.tally.prefill.attended == definition.pairs
     for t in range(20, 160):
         alone = dataclasses.replace(call, tally=Tally())
-        policy._piece(alone, t, 1, False)
+        policy._piece(alone, t, 1)
         assert alone.tally.prefill.attended <= 20 * 4
 
 

@@ -84,8 +84,9 @@ class LongHeads(Policy):
             return self._plain(call, T)
         self._summarise(call)
         after = self.length if self.after is None else self.after
-        lone = T == 1 and self.exclude_self and call.layer.seen % l == 0
         done = min(max(after - before - (T == 1 and self.exclude_self), 0), T)
+        if T == 1 and not done:
+            return self._token(call)
         outs = [self._plain(call, done)] if done else []
         most = PIECE * (1 + 3 * call.q.is_cuda) // (call.q[0, 0].numel() * self.chunks)
         most = max(l, most // l * l)
@@ -97,7 +98,7 @@ class LongHeads(Policy):
             start = before + done
             few = start // l + 1 < self.chunks
             n = min(l - start % l if few else most, T - done)
-            outs.append(self._piece(call, done, n, lone, text))
+            outs.append(self._piece(call, done, n, text))
             done += n
         return torch.cat(outs)
 
@@ -141,7 +142,7 @@ class LongHeads(Policy):
         return attention(said, k, k, scale=call.scale)[:, 0]
 
     def _piece(
-        self, call: Call, done: int, n: int, lone: bool, text: tuple[Tensor, Tensor] | None = None
+        self, call: Call, done: int, n: int, text: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """New tokens ``done .. done + n - 1`` over their chosen chunks, ``[n,H,V]``: those at the
         end, the first, and what each head chose, merged. ``text`` is that of all chunks.
@@ -153,8 +154,8 @@ class LongHeads(Policy):
         start = call.layer.seen - call.q.shape[1] + done
         t = start + torch.arange(n, device=q.device)
         r = (t % l)[None]
-        chosen = min(self.chunks - lone, start // l + 1)
-        tail = min(1 if lone else 2, chosen)  # chunks at the end
+        chosen = min(self.chunks, start // l + 1)
+        tail = min(2, chosen)  # chunks at the end
         lead = min(1, chosen - tail)  # the very first one
         free = chosen - tail - lead
         parts = [self._tail(call, call.rotate(q, (tail - 1) * l + r), start, tail)]
@@ -177,6 +178,29 @@ class LongHeads(Policy):
             blind = n * (self.exclude_self and call.q.shape[1] > 1)
             call.count(call.site.heads * (n * (chosen - 1) * l + r.sum() + n - blind))
         return merge([(o[None], lse[None]) for o, lse in parts])[0][0]
+
+    def _token(self, call: Call) -> Tensor:
+        """The one new token over its chosen chunks, ``[1,H,V]``, by copies of their keys: few
+        launches, as a token's time is mostly theirs."""
+        l, (H, G), device = self.chunk, (call.q.shape[2], call.k.shape[2]), call.q.device
+        t = call.layer.seen - 1
+        lone = self.exclude_self and t % l == l - 1
+        chosen = min(self.chunks - lone, t // l + 1)
+        tail = min(1 if lone else 2, chosen)
+        lead = min(1, chosen - tail)
+        free = chosen - tail - lead
+        ends = torch.arange(lead, device=device), torch.arange(-tail, 0, device=device) + t // l + 1
+        index = [x.expand(H, -1) for x in ends]
+        if free:
+            index.insert(1, self._choose(call, call.q[0], t, tail, free)[0])
+        tokens = torch.cat(index, -1)[..., None] * l + torch.arange(l, device=device)
+        n = (chosen - 1) * l + t % l + 1
+        tokens, head = tokens.flatten(1)[:, :n].T, torch.arange(H, device=device) * G // H
+        k, v = (x[0, tokens, head][None] for x in (call.layer.keys, call.layer.values))
+        place = torch.arange(n, device=device)[None]
+        q, k = call.rotate(call.q, place[:, -1:]), call.rotate(k, place)
+        call.count(H * n)
+        return attention(q, k, v, scale=call.scale)[0]
 
     def _chunks(self, call: Call, index: Tensor) -> tuple[Tensor, Tensor]:
         """Keys, rotated to 0..l-1, and values of the chunks ``index [C]``, ``[C,l,G,K]`` each,
