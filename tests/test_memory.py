@@ -62,7 +62,7 @@ def same(got, want) -> None:
 @pytest.mark.parametrize(("depth", "gain"), NETS)
 def test_chunked_is_token_by_token(depth, gain, chunk, step, when):
     """At any length, in one call or several."""
-    how = {"chunk": chunk, "step": step, "when": when}
+    how = {"chunk": chunk, "step": step, "when": when, "gain_lr": 0.3}
     for T in (1, 8, 19):
         rows, weights, gates = inputs(T=T, depth=depth, gain=gain)
         want = memory(*rows, weights, **gates, **how, backend="reference")
@@ -74,6 +74,26 @@ def test_chunked_is_token_by_token(depth, gain, chunk, step, when):
         y, state = memory(*some, weights, **their, **how, state=state)
         ys.append(y)
     same((torch.cat(ys, 1), state), want)
+
+
+def test_alike_tokens_do_not_drive_the_gain():
+    """One token over and over, where one feature of the norm's output stands out: of the size of
+    the root of the width. The gain's whole step overshoots it further with every chunk, and draws
+    the layers along; 1/d of the step, as if a key of norm 1 were weighed, settles."""
+    torch.manual_seed(0)
+    d, T = 32, 512
+    k = F.normalize(torch.randn(d), dim=0)
+    v = torch.randn(d) / d**0.5
+    W = 3 * k[:, None] * F.one_hot(torch.tensor(0), d) + 0.1 * torch.randn(d, d)
+    rows = [t.expand(1, T, 1, d) for t in (k, k, v)]
+    never = torch.zeros(1, T, 1)
+    how = {"lr": never + 0.01, "momentum": never - 0.7, "decay": never, "chunk": 16}
+    ends = {}
+    for gain_lr in (1.0, 1 / d):
+        _, state = memory(*rows, [W[None], torch.zeros(1, d)], **how, gain_lr=gain_lr)
+        ends[gain_lr] = [t.abs().max() for t in state.weights]
+    assert not max(ends[1.0]) < 1e6
+    assert max(ends[1 / d]) < 5
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -8,6 +8,7 @@ Legend: B batch, T tokens, C dim, H heads, d head width, N sequences, P persiste
 
 from __future__ import annotations
 
+import math
 from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import replace
@@ -48,6 +49,8 @@ class Titans(Mixer):
         read: whether a token reads the memory "after" or "before" it is written.
         lr_max: the largest step size (it starts at 0.12 of it); where None, 0.1, and 0.01 for a
             residual network, whose norm makes its gradients steeper.
+        gain_lr: what of it the norm's gain has; where None, 1 in "library", and 1/d elsewhere: at
+            1, alike tokens of a chunk make the gain grow without end.
         momentum, forget: whether there are such gates.
         conv_size: kernel of the short convolutions of q, k and v; 0 for none.
         persistent: learned tokens in front (not in "library").
@@ -73,6 +76,7 @@ class Titans(Mixer):
         step: int = 1,
         read: str = "after",
         lr_max: float | None = None,
+        gain_lr: float | None = None,
         momentum: bool = True,
         forget: bool = True,
         conv_size: int = 4,
@@ -103,6 +107,10 @@ class Titans(Mixer):
         lr_max = (0.01 if residual else 0.1) if lr_max is None else lr_max
         if not lr_max > 0:
             raise ValueError(f"lr_max must be positive, got {lr_max}")
+        if gain_lr is None:
+            gain_lr = 1.0 if variant == "library" else 1 / head_dim
+        if not 0 <= gain_lr < math.inf:
+            raise ValueError(f"gain_lr must be finite and not negative, got {gain_lr}")
         if activation is not None:
             checks.one_of("activation", activation, ACTIVATIONS)
         if variant == "library" and not gate_heads and heads * head_dim != dim:
@@ -111,7 +119,8 @@ class Titans(Mixer):
         options: dict[str, Any] = {
             "dim": dim, "heads": heads, "head_dim": head_dim, "depth": depth, "expand": expand,
             "residual": residual, "chunk": chunk, "step": step,
-            "read": read, "lr_max": lr_max, "momentum": momentum, "forget": forget,
+            "read": read, "lr_max": lr_max, "gain_lr": gain_lr,
+            "momentum": momentum, "forget": forget,
             "conv_size": 0 if library else conv_size, "norm_eps": norm_eps,
         }  # fmt: skip
         if library:

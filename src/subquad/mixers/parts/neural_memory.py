@@ -56,6 +56,7 @@ class NeuralMemory(nn.Module):
         step: int,
         read: str,
         lr_max: float,
+        gain_lr: float,
         momentum: bool,
         forget: bool,
         conv_size: int,
@@ -64,6 +65,7 @@ class NeuralMemory(nn.Module):
         super().__init__()
         self.heads, self.head_dim, self.expand = heads, head_dim, expand
         self.chunk, self.step, self.read, self.lr_max = chunk, step, read, lr_max
+        self.gain_lr = gain_lr
         self.momentum, self.forget, self.residual = momentum, forget, residual
         inner = heads * head_dim
         self.q_proj = nn.Linear(dim, inner, bias=False)
@@ -131,6 +133,7 @@ class NeuralMemory(nn.Module):
             chunk=self.chunk,
             step=self.step,
             when=self.read,  # type: ignore[arg-type]
+            gain_lr=self.gain_lr,
             state=None if past is None else MemoryState.of(past, len(self.memory)),
             padding=context.padding,
             cu_seqlens=context.cu_seqlens,

@@ -12,6 +12,7 @@ section 3. Legend: B batch, T tokens, H heads, d width, N sequences.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Literal
 
 from torch import Tensor, float32, int64, promote_types, zeros
@@ -66,6 +67,7 @@ def memory(
     chunk: int | None = 16,
     step: int = 1,
     when: Literal["after", "before"] = "after",
+    gain_lr: float = 1.0,
     state: MemoryState | None = None,
     padding: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -89,6 +91,9 @@ def memory(
         step: tokens whose gradients make one step of S and W, by the gates of the last of them;
             divides ``chunk``.
         when: read ``W_t`` ("after" the token is written) or ``W_{t-1}`` ("before").
+        gain_lr: multiplies the gain's steps. What the gain weighs is of norm sqrt(d) where a key is
+            of norm 1, so at 1 its steps are up to d times as steep as those of a matrix, and
+            alike tokens of a chunk can make it grow from chunk to chunk without end.
         state: as the last call returned it; ``begin(weights)`` where None.
         padding: bool ``[B,T]``, True at padding, on either side of a row's tokens: it changes
             neither W nor S.
@@ -101,7 +106,7 @@ def memory(
 
     Raises:
         ValueError: for shapes, dtypes and boundaries that do not fit, gates that are no logs of
-            something in 0..1, and a step that does not divide the chunk.
+            something in 0..1, a step that does not divide the chunk, and a negative ``gain_lr``.
     """
     sizes = checks.shapes({"q": (q, "B T H d"), "k": (k, "B T H d"), "v": (v, "B T H d")})
     checks.same_dtype({"q": q, "k": k, "v": v})
@@ -116,6 +121,8 @@ def memory(
         checks.positive("chunk", chunk)
         checks.divides("step", step, "chunk", chunk)
     checks.one_of("when", when, ("after", "before"))
+    if not 0 <= gain_lr < inf:
+        raise ValueError(f"gain_lr must be finite and not negative, got {gain_lr}")
     checks.cu_seqlens(cu_seqlens, B=B, T=T)
     if padding is not None:
         checks.shape("padding", padding, (B, T))
@@ -143,7 +150,7 @@ def memory(
     with without_autocast(q.device.type):
         y, state = chosen.load()(
             *laid, rows.real, _to(state, wide), chunk=chunk, step=step, after=when == "after",
-            **fresh,
+            gain_lr=gain_lr, **fresh,
         )  # fmt: skip
     return rows.back(y.transpose(1, 2)).to(v.dtype), state
 

@@ -38,6 +38,7 @@ def memory(
     chunk: int | None,
     step: int,
     after: bool,
+    gain_lr: float,
     fresh: bool = False,
 ) -> tuple[Tensor, MemoryState]:
     """As the reference; the tokens of a slab, ``w`` places, must lie in one chunk.
@@ -59,6 +60,8 @@ def memory(
         rows = slice(n * w, (n + 1) * w)
         qs, ks, vs = (_to(t[:, :, rows], w) for t in (q, k, v))
         made, g = sources(base, ks, vs), all_gates.slab(n)
+        if made.gain is not None:
+            made = made._replace(gain=gain_lr * made.gain)
         ys.append(_read(qs, made, g if after else _before(g), W, S, A))
         W, S, A = _update(made, g, W, S, A)
         if chunk == 1 or (fresh and chunk and (n + 1) * w <= T and (n + 1) * w % chunk == 0):

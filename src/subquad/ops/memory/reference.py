@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from subquad.ops.memory.net import read
+from subquad.ops.memory.net import read, split
 from subquad.ops.memory.state import MemoryState
 
 
@@ -25,6 +25,7 @@ def memory(
     chunk: int | None,
     step: int,
     after: bool,
+    gain_lr: float,
 ) -> tuple[Tensor, MemoryState]:
     """S = eta S - theta grad |M(k) - v|^2, W = (1 - alpha) W + S, y = M(q; W).
 
@@ -37,6 +38,8 @@ def memory(
     for t in range(q.shape[2]):
         here = slice(t, t + 1)
         u = grad(partial(_loss, k=k[:, :, here], v=v[:, :, here]))(base)
+        if split(base)[1] is not None:
+            u = (*u[:-1], gain_lr * u[-1])
         on = real[:, t]
         tokens = tokens + on
         ends = on & (tokens % step == 0)
