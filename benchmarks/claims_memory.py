@@ -6,9 +6,10 @@
 - ``forecast``: the next 96 hours of the seven series of ETTh1 (the file is the user's; without
   ``--data`` this claim is left out), beside a linear map.
 
-Every cell (a model and a seed) is kept in ``--out`` when it is done; ``--share I/N`` runs a part of
-them, so that several processes can share the work. The plain command then finds all done and writes
-results/claims_memory.json and the tables in docs/evidence.md.
+Every cell (a model and a seed) is kept in ``--out`` when it is done; ``--claim``, ``--entry`` and
+``--seed`` choose some of them, so that several processes can share the work. ``--table`` takes what
+is there into results/claims_memory.json, an entry at a time, and writes the tables in
+docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.bench.match import build, matched, parameters
-from subquad.bench.results import machine, table, write_json, write_section
+from subquad.bench.results import Cells, table, write_json, write_section
 from subquad.mixers.base import create_mixer
 from subquad.mixers.parts.norm import GatedRMSNorm
 from subquad.tasks import create_task
@@ -40,22 +41,29 @@ RESULTS = ROOT / "benchmarks" / "results" / "claims_memory.json"
 EVIDENCE = ROOT / "docs" / "evidence.md"
 
 Row = dict[str, Any]
-Cell = Callable[[], Row]
 
 SEEDS = (0, 1)
 TRAINED, READ = 128, (128, 256, 512, 1024, 2048)
 STEPS = 800
 # One short convolution, then one layer of each kind.
+TITANS = {
+    "titans, LMM": "",
+    "titans, LMM, steps of 0.003": ",lr_max=0.003",
+    "titans, LMM, no forgetting": ",forget=false",
+    "titans, MAG (window 32)": ",variant=mag,window=32",
+    "titans, MAC (segments of 32)": ",variant=mac,segment=32",
+    "titans, MAL (window 32)": ",variant=mal,window=32",
+}
+OLD = "gain_lr 1"  # the gain's whole step, with which all was measured at first
 NEEDLE = {
     "softmax": "base_conv softmax[heads=2]",
     "gated_deltanet": "base_conv gated_deltanet[heads=2,head_dim=32]",
-    "titans, LMM": "base_conv titans[heads=2,chunk=16]",
-    "titans, LMM, steps of 0.003": "base_conv titans[heads=2,chunk=16,lr_max=0.003]",
     "titans, LMM, one matrix": "base_conv titans[heads=2,chunk=16,depth=1]",
-    "titans, LMM, no forgetting": "base_conv titans[heads=2,chunk=16,forget=false]",
-    "titans, MAG (window 32)": "base_conv titans[heads=2,chunk=16,variant=mag,window=32]",
-    "titans, MAC (segments of 32)": "base_conv titans[heads=2,chunk=16,variant=mac,segment=32]",
-    "titans, MAL (window 32)": "base_conv titans[heads=2,chunk=16,variant=mal,window=32]",
+    **{n: f"base_conv titans[heads=2,chunk=16{more}]" for n, more in TITANS.items()},
+    **{
+        f"{n}, {OLD}": f"base_conv titans[heads=2,chunk=16{more},gain_lr=1.0]"
+        for n, more in TITANS.items()
+    },
 }
 
 
@@ -76,12 +84,16 @@ def needle(entry: str, seed: int, device: str) -> Row:
 
 
 CONTEXT, HORIZON, PATCH = 336, 96, 8
-FORECAST = {
+MEMORY: dict[str, Any] = {"mixer": "titans", "heads": 2, "chunk": 8}
+MAG: dict[str, Any] = {**MEMORY, "variant": "mag", "window": 16}
+FORECAST: dict[str, dict[str, Any] | None] = {
     "linear": None,
     "softmax": {"mixer": "softmax", "heads": 2},
     "gated_deltanet": {"mixer": "gated_deltanet", "heads": 2, "head_dim": 32},
-    "titans, LMM": {"mixer": "titans", "heads": 2, "chunk": 8},
-    "titans, MAG": {"mixer": "titans", "heads": 2, "chunk": 8, "variant": "mag", "window": 16},
+    "titans, LMM": MEMORY,
+    "titans, MAG": MAG,
+    f"titans, LMM, {OLD}": {**MEMORY, "gain_lr": 1.0},
+    f"titans, MAG, {OLD}": {**MAG, "gain_lr": 1.0},
 }
 
 
@@ -176,17 +188,8 @@ def forecast(entry: str, seed: int, device: str, path: Path) -> Row:
     return {"parameters": count, "valid MSE": best, "test MSE": square, "test MAE": size}
 
 
-def cells(asked: argparse.Namespace) -> dict[tuple[str, str, int], Cell]:
-    found: dict[tuple[str, str, int], Cell] = {}
-    for seed in SEEDS:
-        for entry in NEEDLE:
-            found["needle", entry, seed] = partial(needle, entry, seed, asked.device)
-        for entry in FORECAST if asked.data else ():
-            cell = partial(forecast, entry, seed, asked.device, asked.data)
-            found["forecast", entry, seed] = cell
-    return found
-
-
+MEASURED: dict[str, Callable[..., Row]] = {"needle": needle, "forecast": forecast}
+ENTRIES = {"needle": NEEDLE, "forecast": FORECAST}
 TITLES = {
     "needle": "**Needles beyond the training length.** A key and its value in noise; trained on "
     f"{TRAINED} tokens ({STEPS:,} steps), accuracy at other lengths. A short convolution, then one "
@@ -202,16 +205,16 @@ def write_evidence(claims: dict[str, dict[str, Row]], made: Row) -> None:
         f"{made['torch']}; means over the seeds.",
         "",
     ]
-    for claim, rows in claims.items():
-        lines += [TITLES[claim], "", *table(rows)]
+    for claim, title in TITLES.items():
+        rows = claims.get(claim, {})
+        lines += [
+            title,
+            "",
+            *table({entry: rows[entry] for entry in ENTRIES[claim] if entry in rows}),
+        ]
+        missing = [entry for entry in ENTRIES[claim] if entry not in rows]
+        lines += [f"Not measured: {'; '.join(missing)}.", ""] if missing else []
     write_section(EVIDENCE, "claims_memory", "Claims of the neural memory", "\n".join(lines))
-
-
-def share(text: str) -> tuple[int, int]:
-    first, _, processes = text.partition("/")
-    if not 0 <= int(first) < int(processes):
-        raise argparse.ArgumentTypeError(f"must be I/N with 0 <= I < N, got {text}")
-    return int(first), int(processes)
 
 
 def main() -> None:
@@ -219,31 +222,44 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="ETTh1.csv")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "claims_memory")
-    parser.add_argument("--share", type=share, default=(0, 1), metavar="I/N")
+    parser.add_argument("--claim", choices=list(ENTRIES), nargs="*", default=list(ENTRIES))
+    parser.add_argument("--entry", help="the only one to measure")
+    parser.add_argument("--seed", type=int, nargs="*", default=list(SEEDS))
     parser.add_argument("--table", action="store_true", help="only of the cells that are there")
     asked = parser.parse_args()
-    first, processes = asked.share
-    every = cells(asked)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    done: dict[tuple[str, str], list[Row]] = {}
-    made: Row = {}
-    for i, ((claim, entry, seed), cell) in enumerate(every.items()):
-        path = asked.out / f"{claim}-{entry}-{seed}.json"
-        if not path.exists():
-            if i % processes != first or asked.table:
+    kept = Cells(asked.out)
+    if asked.table:
+        return tables(kept)
+    if asked.data is None and "forecast" in asked.claim:
+        asked.claim.remove("forecast")
+    chosen = [(c, e) for c in asked.claim for e in ENTRIES[c] if asked.entry in (None, e)]
+    if not chosen:
+        parser.error(f"--entry must be one of {', '.join(NEEDLE | FORECAST)}, got {asked.entry}")
+    for (claim, entry), seed in product(chosen, asked.seed):
+        name = f"{claim}-{entry}-{seed}"
+        if name not in kept:
+            more = (asked.data,) if claim == "forecast" else ()
+            kept.keep(name, MEASURED[claim](entry, seed, asked.device, *more))
+    return None
+
+
+def tables(kept: Cells) -> None:
+    """Means over the seeds; an entry takes the place of an older one of as few seeds or fewer."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"made": {}, "claims": {}}
+    for claim, entries in ENTRIES.items():
+        for entry in entries:
+            rows = [kept[n] for s in SEEDS if (n := f"{claim}-{entry}-{s}") in kept]
+            before = found["claims"].setdefault(claim, {}).get(entry, {"seeds": 0})
+            if not rows or len(rows) < before["seeds"]:
                 continue
-            write_json(path, {"made": machine(), "found": cell()})
-        made, found = json.loads(path.read_text()).values()
-        print(claim, "|", entry, "|", seed, "|", found, flush=True)
-        done.setdefault((claim, entry), []).append(found)
-    if processes > 1:
-        return
-    claims: dict[str, dict[str, Row]] = {}
-    for (claim, entry), rows in done.items():
-        means = {c: mean(row[c] for row in rows) for c in rows[0]}
-        claims.setdefault(claim, {})[entry] = {"seeds": len(rows), **means}
-    write_json(RESULTS, {"made": made, "claims": claims})
-    write_evidence(claims, made)
+            made = [row.pop("made") for row in rows][-1]
+            row = {"seeds": len(rows), **{c: mean(row[c] for row in rows) for c in rows[0]}}
+            found["made"] = found["made"] or made
+            if made["device"] != found["made"]["device"]:
+                row["on"] = f"{made['device']}, torch {made['torch']}"
+            found["claims"][claim][entry] = row
+    write_json(RESULTS, found)
+    write_evidence(found["claims"], found["made"])
 
 
 if __name__ == "__main__":
