@@ -71,7 +71,8 @@ ROWS = (
     Row("snapkv:capacity=850,variant=frontier,window=64", least=0.95, cache=0.12),
     Row("ada_snapkv:capacity=850,variant=frontier,window=64", least=0.95, cache=0.12),
     Row("duo:sparsity=0.8125", least=0.95, cache=0.25),
-    Row("longheads:chunk=64,length=4096", BEYOND, least=0.90),
+    Row("longheads:chunk=32,length=4096,after=8192", BEYOND[:1], least=0.90),
+    Row("longheads:chunk=32,length=8192", BEYOND, least=0.90),
     Row(WINDOWS, BEYOND[:1], least=0.90),
     Row(WINDOWS + ",layer_index=6", BEYOND, least=0.90),
 )

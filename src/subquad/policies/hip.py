@@ -230,9 +230,8 @@ class HiP(Policy):
         first = torch.arange(s, device=device)
         tokens = torch.cat([picked, near.expand(N, -1, -1), first.expand(N, r, -1)], -1)
         # What each of the three parts may show: keys beyond the window, in it, and before.
-        kind = torch.tensor([0, 1, 2], device=device).repeat_interleave(
-            torch.tensor([picked.shape[2], near.shape[1], s], device=device)
-        )
+        i, begin = torch.arange(tokens.shape[-1], device=device), picked.shape[2]
+        kind = (i >= begin).long() + (i >= begin + near.shape[1])
         j = tokens[:, :, None]
         distance = place[..., None] - j
         own = torch.where(j < s, 2, (distance < window).long())

@@ -143,8 +143,12 @@ def _search(
             right_score = peaks(q[own], k, right + (g[own] - half) // 2, size)
         else:
             left_score, right_score = known[own], peaks(q[own], k, right, size)
-        a[own], g[own], score = halves(left, g[own], left_score, right_score)
-        if known is not None:
-            known[own] = score
+        best = halves(left, g[own], left_score, right_score)
+        if live == r:
+            a, g, known = (*best[:2], None if known is None else best[2])
+        else:
+            a[own], g[own] = best[:2]
+            if known is not None:
+                known[own] = best[2]
         span = span / 2
     return a
