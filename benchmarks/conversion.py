@@ -3,6 +3,7 @@
     python benchmarks/conversion.py MODEL              # all cells (a GPU; minutes)
     python benchmarks/conversion.py MODEL --cell teacher --cell "lolcats, 1k texts" --alone
     python benchmarks/conversion.py MODEL --cell "lolcats, 1k texts" --work runs/conversion
+    CUDA_VISIBLE_DEVICES= python benchmarks/conversion.py MODEL --cell ... --threads 2
     python benchmarks/conversion.py MODEL --report --take runs/*/conversion*.json
 
 Every cell converts MODEL on the source of Python's standard library with one recipe and one choice
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
 import random
 import re
 import tempfile
@@ -133,12 +135,16 @@ def main() -> None:
     asked.add_argument("--length", type=int, help="of every stage")
     asked.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192])
     asked.add_argument("--samples", type=int, default=SAMPLES, help="prompts of a length")
+    asked.add_argument("--threads", type=int, help="of the CPU; as PyTorch chooses if not given")
     asked.add_argument("--alone", action="store_true", help="nobody else uses the device")
     asked.add_argument("--work", type=Path, help="where conversions are kept; nowhere if not given")
     asked.add_argument("--out", type=Path, default=RESULTS)
     asked.add_argument("--take", type=Path, nargs="+", default=[], help="add these files' cells")
     asked.add_argument("--report", action="store_true", help="write the evidence from --out, stop")
     options = asked.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+        os.environ["RAYON_NUM_THREADS"] = str(options.threads)  # of the tokenizer
     for path in options.take:
         for name, cell in read(path)["cells"].items():
             keep(options, name, cell)
