@@ -2,9 +2,10 @@
 
     python benchmarks/claims_probe.py --workers 6
 
-Meant for a GPU, where the whole takes some minutes. Every result is written to ``--out`` when it is
-there and not measured again. The tables of the results at their own place go into docs/evidence.md
-(``--table``: only that).
+Meant for a GPU, where the whole takes some minutes. Every cell keeps a file of its own in
+``--out``, and what is there or in results/claims_probe.json is not measured again; ``--claim`` and
+``--entry`` choose some (``--list`` names those that are missing), so that cells can run apart.
+``--table`` takes the new ones into results/claims_probe.json and writes docs/evidence.md's tables.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from regressions import (
     untrained,
 )
 
-from subquad.bench.results import machine, table, write_json, write_section
+from subquad.bench.results import Cells, table, write_json, write_section
 from subquad.models import CausalLM, CausalLMConfig
 from subquad.ops.probe import local_linear
 from subquad.tasks import create_task
@@ -40,13 +41,13 @@ from subquad.train import TrainConfig, train
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "claims_probe.json"
 EVIDENCE = ROOT / "docs" / "evidence.md"
-Cells = Iterator[tuple[str, Callable[[], Row]]]
+Made = Iterator[tuple[str, Callable[[], Row]]]
 
 
 # Regression without training: k = x, v = y of the pairs before, q = x.
 
 
-def piecewise() -> Cells:
+def piecewise() -> Made:
     """Regression at test time, nothing trained: four segments of 128 pairs, each with a linear
     map of its own, y of unit variance and no noise. Mean squared error at each method's best
     bandwidth and ridge for the later segments. In the rows "a part each" every segment has its own
@@ -62,12 +63,17 @@ def piecewise() -> Cells:
 
 
 FULL = {"heads": 4, "rope_theta": None, "qk_norm": True}
+# Normed, a key no longer tells how long x is, and y = W x is not linear in it.
+PLAIN = {**FULL, "qk_norm": False}
 MIXERS: dict[str, dict[str, Any]] = {
     "softmax": {"name": "softmax", **FULL},
     "softmax, 5 heads": {"name": "softmax", **FULL, "heads": 5, "head_dim": 16},
     "parallax": {"name": "parallax", **FULL},
     "lla": {"name": "lla", **FULL},
     "lla, ridge 30": {"name": "lla", **FULL, "ridge": 30.0},
+    "softmax, no norm": {"name": "softmax", **PLAIN},
+    "parallax, no norm": {"name": "parallax", **PLAIN},
+    "lla, no norm": {"name": "lla", **PLAIN},
     "gla": {"name": "gla", "heads": 4},
     "mamba2": {"name": "mamba2", "heads": 4, "state_dim": 32},
     "gated_deltanet": {"name": "gated_deltanet", "heads": 4},
@@ -75,7 +81,7 @@ MIXERS: dict[str, dict[str, Any]] = {
 STEPS = 1500
 
 
-def in_context(steps: int = STEPS) -> Cells:
+def in_context(steps: int = STEPS) -> Made:
     """Regression in context: 256 pairs, x ~ N(0, I) of 5 features, y of noise 0.1, one map a
     sequence; two layers of width 64, 4 heads, no MLP, Muon for matrices (AdamW where named). Mean
     squared error of fresh sequences, the noise's 0.1 included."""
@@ -83,11 +89,12 @@ def in_context(steps: int = STEPS) -> Cells:
     yield "ridge regression (optimal)", partial(bayes, data)
     for name, options in MIXERS.items():
         yield name, partial(regressed, data, options, True, steps)
-    for name in ("softmax", "parallax", "lla", "lla, ridge 30"):
-        yield f"{name}, AdamW", partial(regressed, data, MIXERS[name], False, steps)
+    for name in MIXERS:
+        if name.split(",")[0] in ("softmax", "parallax", "lla") and "5 heads" not in name:
+            yield f"{name}, AdamW", partial(regressed, data, MIXERS[name], False, steps)
 
 
-def changing(steps: int = STEPS) -> Cells:
+def changing(steps: int = STEPS) -> Made:
     """The same where the map changes: 4 segments of 64 pairs, each with a part of the sphere of its
     own (8 features to 8, no noise)."""
     data = Regression(d=8, out=8, pairs=256, segments=4, spread=0.7, noise=0.0)
@@ -98,7 +105,7 @@ def changing(steps: int = STEPS) -> Cells:
 # One layer over a prompt: heads of softmax, and what the probe saves.
 
 
-def heads(steps: int = STEPS) -> Cells:
+def heads(steps: int = STEPS) -> Made:
     """One layer over a prompt of 40 pairs (5 features, noise 0.1), 6,000 steps of Adam. One head of
     softmax is biased; two of them with opposite signs are debiased gradient descent, which one
     head with a probe can be alone."""
@@ -119,6 +126,11 @@ RECALL: dict[str, dict[str, Any]] = {
     "softmax": {"mixer": "softmax", "heads": 1},
     "parallax": {"mixer": "parallax", "heads": 1},
     "lla": {"mixer": "lla", "heads": 1},
+    "softmax, normed": {"mixer": "softmax", "heads": 1, "qk_norm": True},
+    "parallax, normed": {"mixer": "parallax", "heads": 1, "qk_norm": True},
+    "lla, normed": {"mixer": "lla", "heads": 1, "qk_norm": True},
+    "lla, ridge 30": {"mixer": "lla", "heads": 1, "ridge": 30.0},
+    "lla, normed, ridge 30": {"mixer": "lla", "heads": 1, "qk_norm": True, "ridge": 30.0},
     "gla": {"mixer": "gla", "heads": 1},
     "mamba2": {"mixer": "mamba2", "heads": 1, "state_dim": 32},
     "gated_deltanet": {"mixer": "gated_deltanet", "heads": 1},
@@ -143,7 +155,7 @@ def recalled(options: dict[str, Any], pairs: int, steps: int) -> Row:
     return {"accuracy": sum(accuracy) / 2, "least": min(accuracy)}
 
 
-def recall(steps: int = STEPS) -> Cells:
+def recall(steps: int = STEPS) -> Made:
     """MQAR: 64 pairs among 256 tokens, 1,024 words, width 32, a short convolution and one layer of
     one head (without the convolution nothing was learned in as many steps), AdamW; accuracy, mean
     and least of two seeds."""
@@ -151,7 +163,7 @@ def recall(steps: int = STEPS) -> Cells:
         yield name, partial(recalled, options, 64, steps)
 
 
-def solution() -> Cells:
+def solution() -> Made:
     """Local linear attention's relative error against its closed form in float64, for random q, k
     and v (128 tokens) in float32 by steps of conjugate gradients; 16 is the default."""
     for K, ridge in product((16, 32, 64), (0.1, 1.0)):
@@ -169,7 +181,7 @@ def solved(K: int, ridge: float) -> Row:
     return row
 
 
-CLAIMS: dict[str, Callable[..., Cells]] = {
+CLAIMS: dict[str, Callable[..., Made]] = {
     "piecewise": piecewise,
     "in_context": in_context,
     "changing": changing,
@@ -187,10 +199,30 @@ def write_evidence(claims: dict[str, dict[str, Row]], made: dict[str, Any]) -> N
         "",
     ]
     for name, make in CLAIMS.items():
-        rows = {entry: claims[name][entry] for entry, _ in make() if entry in claims.get(name, {})}
+        entries = [entry for entry, _ in make()]
+        rows = {entry: claims[name][entry] for entry in entries if entry in claims.get(name, {})}
         if rows:
             lines += [f"**{name}.** {' '.join((make.__doc__ or '').split())}", "", *table(rows)]
+            missing = [entry for entry in entries if entry not in rows]
+            lines += [f"Not measured: {'; '.join(missing)}.", ""] if missing else []
     write_section(EVIDENCE, "claims_probe", "Claims of the kernel regressions", "\n".join(lines))
+
+
+def tables(kept: Cells) -> None:
+    """Take what is new into the results; a row of another machine than the first's says so."""
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"made": {}, "claims": {}}
+    for name, make in CLAIMS.items():
+        for entry, _ in make():
+            if f"{name}-{entry}" not in kept:
+                continue
+            row = kept[f"{name}-{entry}"]
+            made = row.pop("made")
+            found["made"] = found["made"] or made
+            if made["device"] != found["made"]["device"]:
+                row["on"] = f"{made['device']}, torch {made['torch']}"
+            found["claims"].setdefault(name, {})[entry] = row
+    write_json(RESULTS, found)
+    write_evidence(found["claims"], found["made"])
 
 
 def work(name: str, entry: str, steps: int) -> Row:
@@ -202,36 +234,38 @@ def work(name: str, entry: str, steps: int) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--claim", choices=list(CLAIMS), nargs="*", default=list(CLAIMS))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--entry", help="the only one to measure")
+    parser.add_argument("--list", action="store_true", help="print what is not measured yet")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "claims_probe")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="only the tables of what is there")
     asked = parser.parse_args()
-    kept = json.loads(asked.out.read_text()) if asked.out.exists() else {"claims": {}}
-    done, made = kept["claims"], kept.get("made", machine())
+    kept = Cells(asked.out)
+    if asked.table:
+        return tables(kept)
+    before = json.loads(RESULTS.read_text())["claims"] if RESULTS.exists() else {}
     todo = [
         (name, entry)
         for name in asked.claim
         for entry, _ in CLAIMS[name]()
-        if entry not in done.get(name, {}) and not asked.table
+        if asked.entry in (None, entry)
+        if f"{name}-{entry}" not in kept and entry not in before.get(name, {})
     ]
     todo.sort(key=lambda cell: "lla" in cell[1])  # the longest last
+    if asked.list:
+        print("\n".join(" | ".join(cell) for cell in todo))
+        return None
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(asked.workers, mp_context=context) as pool:
         waiting = {pool.submit(work, *cell, asked.steps): cell for cell in todo}
         for future in as_completed(waiting):
             name, entry = waiting[future]
             try:
-                row = future.result()
+                kept.keep(f"{name}-{entry}", future.result())
             except Exception as error:
                 print(name, "|", entry, "| failed:", error, flush=True)
-                continue
-            made = machine()
-            done.setdefault(name, {})[entry] = row
-            write_json(asked.out, {"made": made, "claims": done})
-            print(name, "|", entry, "|", row, flush=True)
-    if asked.out == RESULTS:
-        write_evidence(done, made)
+    return None
 
 
 if __name__ == "__main__":
