@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from regressions import (
     DEVICE,
     Regression,
@@ -164,20 +165,40 @@ def recall(steps: int = STEPS) -> Made:
 
 
 def solution() -> Made:
-    """Local linear attention's relative error against its closed form in float64, for random q, k
-    and v (128 tokens) in float32 by steps of conjugate gradients; 16 is the default."""
+    """Local linear attention's relative error, of the output and of the queries' gradient, against
+    its closed form in float64, for keys and values of 128 tokens in float32, by steps of conjugate
+    gradients; 16 is the default. In the rows "11 directions" q, k and v are maps of 11 features, as
+    in the regressions above."""
     for K, ridge in product((16, 32, 64), (0.1, 1.0)):
         yield f"K={K}, ridge {ridge}", partial(solved, K, ridge)
+    for K in (16, 32):
+        yield f"K={K}, ridge 1.0, 11 directions", partial(solved, K, 1.0, 11)
 
 
-def solved(K: int, ridge: float) -> Row:
+def solved(K: int, ridge: float, directions: int | None = None) -> Row:
     generator = torch.Generator().manual_seed(0)
-    x = [torch.randn(1, 128, 2, K, generator=generator).to(DEVICE) for _ in "qkv"]
-    exact = local_linear(*(t.double() for t in x), ridge=ridge, backend="reference")
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    if directions is None:
+        x = [normal(1, 128, 2, K) for _ in "qkv"]
+    else:
+        h = normal(1, 128, directions)
+        x = [(h @ normal(directions, 2 * K)).unflatten(-1, (2, K)) for _ in "qkv"]
+        x = [F.rms_norm(t, (K,)) for t in x]
+    do = normal(1, 128, 2, K).to(DEVICE)
+
+    def run(dtype: torch.dtype, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = (t.to(DEVICE, dtype).requires_grad_() for t in x)
+        o = local_linear(q, k, v, ridge=ridge, **how)
+        return o.detach(), torch.autograd.grad(o, q, do.to(dtype))[0]
+
+    exact = run(torch.float64, backend="reference")
     row = {}
     for name, steps in {"8 steps": 8, "16": 16, "K": K, "2 K": 2 * K}.items():
-        off = local_linear(*x, ridge=ridge, steps=steps) - exact
-        row[name] = (off.norm() / exact.norm()).item()
+        for what, found, want in zip(("", ", dq"), run(torch.float32, steps=steps), exact):
+            row[name + what] = ((found - want).norm() / want.norm()).item()
     return row
 
 

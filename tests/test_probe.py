@@ -391,3 +391,20 @@ def test_kernels_in_the_interpreter():
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_small_gradients_of_the_fit_are_solved_as_well_as_large_ones():
+    """A loss that is a mean over many tokens has gradients far below the keys' size."""
+    torch.manual_seed(0)
+    x = [torch.randn(1, 24, 2, 16) for _ in "qkv"]
+    do = torch.randn(1, 24, 2, 16)
+
+    def grads(dtype, size, **how):
+        given = [t.to(dtype).requires_grad_() for t in x]
+        o = local_linear(*given, **how)
+        return [g / size for g in torch.autograd.grad(o, given, (size * do).to(dtype))]
+
+    want = grads(torch.float64, 1.0, backend="reference")
+    for size in (1.0, 1e-4, 1e-8):
+        for got, exact in zip(grads(torch.float32, size, steps=32), want, strict=True):
+            assert (got - exact).norm() < 1e-4 * exact.norm()

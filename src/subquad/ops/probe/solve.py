@@ -106,7 +106,12 @@ def _solve(
     setting = Setting(lo, hi, scale, steps, home)
 
     def apply(x: Tensor) -> Tensor:
-        return mean - setting.probe(q, k, x)[0] + penalty[..., None] * x
+        # The probe weighs the keys by 1 + tbar - t: an x as small as gradients are would be lost
+        # beside the 1.
+        size = x.norm(dim=-1, keepdim=True)
+        size = torch.where(size > 0, size, 1.0)
+        unit = x / size
+        return (mean - setting.probe(q, k, unit)[0] + penalty[..., None] * unit) * size
 
     return conjugate_gradients(apply, b, steps)
 
