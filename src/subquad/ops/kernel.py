@@ -5,31 +5,32 @@ than many a kernel. A :class:`Launch` is a kernel with its grid and everything t
 it keeps what was compiled for its tensors' dtypes.
 
 Triton compiles a kernel when it is first launched, seconds each and one after the other. To
-:func:`rehearse` a call is to go through its launches and only compile, in as many threads as the
-process has cores (most of a compiler's work is done outside Python's lock).
+:func:`rehearse` a call is to go through its launches without a launch, and then to compile all
+that they ask for in as many threads as the process has cores (most of a compiler's work is done
+outside Python's lock).
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import copy_context
-from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton import AsyncCompileMode, FutureKernel
 
 from subquad.ops.backend import interpreted
 
+MOST_LAUNCHES = 256  # that a kernel keeps
+
 
 class _Rehearsal(threading.local):
-    kernels: list[Any] | None = None  # those asked for; None outside a rehearsal
+    # What was asked for, by what tells kernels apart; None outside a rehearsal.
+    wanted: dict[Hashable, Callable[[], Any]] | None = None
 
 
 _rehearsal = _Rehearsal()
@@ -39,17 +40,37 @@ _met: set[Hashable] = set()
 class Kernel:
     """A Triton kernel whose arguments are tensors, then numbers, then constants.
 
-    One compilation serves all values of the numbers named in ``sizes``.
+    One compilation serves all values of the numbers named in ``sizes``; ``jit`` is Triton's
+    decorator or Gluon's.
     """
 
-    def __init__(self, function: Callable[..., None], sizes: tuple[str, ...] = ()) -> None:
-        self.jit = triton.jit(do_not_specialize=sizes)(function)
+    def __init__(
+        self, function: Callable[..., None], sizes: Sequence[str] = (), jit: Any = triton.jit
+    ) -> None:
+        self.jit = jit(do_not_specialize=list(sizes))(function)
         self.interpreted = not isinstance(self.jit, triton.runtime.JITFunction)
         self.compiled: dict[Hashable, dict[Hashable, Any]] = {}
+        self.launches: dict[Hashable, Launch] = {}
 
     def bind(self, grid: tuple[int, ...], *numbers: Any, **more: Any) -> Launch:
         """A launch on the current device: ``numbers`` follow the tensors, ``more`` are named."""
         return Launch(self, grid, numbers, more)
+
+    def launch(
+        self, grid: tuple[int, ...], tensors: Sequence[Any], *numbers: Any, **more: Any
+    ) -> None:
+        """Launch on the current device, with tensors (descriptors, None) that start anywhere."""
+        if self.interpreted or any(isinstance(t, Tensor) and t.data_ptr() % 16 for t in tensors):
+            if _rehearsal.wanted is None:
+                self.jit[grid](*tensors, *numbers, **more)
+            return
+        key = (_device(), grid, numbers, *more.values())
+        found = self.launches.get(key)
+        if found is None:
+            if len(self.launches) >= MOST_LAUNCHES:
+                self.launches.clear()
+            found = self.launches[key] = self.bind(grid, *numbers, **more)
+        found(*tensors)
 
 
 class Launch:
@@ -65,33 +86,42 @@ class Launch:
         self.numbers, self.more = numbers, more
         if kernel.interpreted:
             return
-        named = [n for n in kernel.jit.arg_names if n in more]
+        names = kernel.jit.arg_names
+        named = [n for n in names if n in more]
         self.rest = (*numbers, *(more[n] for n in named))
-        places = range(len(kernel.jit.arg_names) - len(self.rest), len(kernel.jit.arg_names))
-        params = [kernel.jit.params[i] for i in places]
+        params = kernel.jit.params[len(names) - len(self.rest) :]
         kinds = [_kind(x, p) for x, p in zip(self.rest, params, strict=True)]
         options = sorted((n, x) for n, x in more.items() if n not in named)
-        device = triton.runtime.driver.active.get_current_device()
-        self.compiled = kernel.compiled.setdefault((device, *kinds, *options), {})
+        self.form = (_device(), *kinds, *options)
+        self.compiled = kernel.compiled.setdefault(self.form, {})
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, *tensors: Any) -> None:
         if self.kernel.interpreted:
             self.kernel.jit[self.grid](*tensors, *self.numbers, **self.more)
             return
-        dtypes = tuple([None if t is None else t.dtype for t in tensors])
+        dtypes = tuple([getattr(t, "dtype", None) for t in tensors])
         found = self.compiled.get(dtypes)
+        if _rehearsal.wanted is not None:
+            if found is None:
+                kinds = [t.dtype if isinstance(t, Tensor) else t for t in tensors]
+                key = self.kernel, self.form, dtypes
+                _rehearsal.wanted[key] = lambda: self.compile(dtypes, kinds)
+            return
         if found is None:
-            found = self._compile(dtypes)
-        if _rehearsal.kernels is None and found is not None:
+            kinds = [t.dtype if isinstance(t, Tensor) else t for t in tensors]
+            found = self.compile(dtypes, kinds)
+        if found is not None:
             found[self.grid](*tensors, *self.rest)
 
-    def _compile(self, dtypes: tuple[torch.dtype | None, ...]) -> Any:
-        found = self.kernel.jit.warmup(*dtypes, *self.numbers, grid=self.grid, **self.more)
-        if _rehearsal.kernels is not None:
-            _rehearsal.kernels.append(found)
-        else:
-            self.compiled[dtypes] = found
+    def compile(self, dtypes: Hashable, kinds: Sequence[Any]) -> Any:
+        """The kernel for tensors of such kinds (a dtype, a descriptor or None)."""
+        found = self.kernel.jit.warmup(*kinds, *self.numbers, grid=self.grid, **self.more)
+        self.compiled[dtypes] = found
         return found
+
+
+def _device() -> int:
+    return triton.runtime.driver.active.get_current_device()
 
 
 def _kind(x: Any, parameter: Any) -> Hashable:
@@ -119,7 +149,7 @@ def on_device(t: Tensor) -> AbstractContextManager[Any]:
 
 def met(kind: Hashable) -> bool:
     """Whether a call of this kind came before, or is a rehearsal, or needs none."""
-    if kind in _met or _rehearsal.kernels is not None:
+    if kind in _met or _rehearsal.wanted is not None:
         return True
     _met.add(kind)
     return interpreted()
@@ -127,23 +157,18 @@ def met(kind: Hashable) -> bool:
 
 def rehearse(run: Callable[[], object]) -> None:
     """Compile every kernel that ``run`` launches, and launch none."""
-    # In a context of its own: AsyncCompileMode stays in it where a compilation fails (Triton 3.6).
-    copy_context().run(_rehearse, run)
+    wanted = _rehearsal.wanted = {}
+    try:
+        run()
+    finally:
+        _rehearsal.wanted = None
+    device = torch.cuda.current_device()
 
+    def ready(compile: Callable[[], Any]) -> None:
+        with torch.cuda.device(device):
+            found = compile()
+            _ = found and found.run  # brings it to the device
 
-def _rehearse(run: Callable[[], object]) -> None:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        with AsyncCompileMode(threads):
-            kernels = _rehearsal.kernels = []
-            try:
-                run()
-            finally:
-                _rehearsal.kernels = None
-        list(threads.map(partial(_load, torch.cuda.current_device()), set(kernels)))
-
-
-def _load(device: int, kernel: Any) -> None:
-    """Bring a kernel to the device; Triton 3.6 also compiles what launches it, in C."""
-    with torch.cuda.device(device):
-        kernel = kernel.result() if isinstance(kernel, FutureKernel) else kernel
-        _ = kernel.run
+        # From the last on: those of a backward pass take longest, and none should be left alone.
+        list(threads.map(ready, reversed(wanted.values())))
