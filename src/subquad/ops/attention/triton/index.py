@@ -99,33 +99,29 @@ class Index:
         return self.turned
 
     def _turned(self, lists: Lists, blocks: int) -> Lists:
-        """Sorted by block, within it the full entries first: later rows stand first, because what
-        is masked near the diagonal of a causal choice are the first rows that see a block."""
+        """Sorted by block, within it the full entries first, and of those later rows first."""
         device, planes = lists.lo.device, len(lists.lo) // self.rows
         width = len(lists.entry) // len(lists.lo)
-        place = torch.arange(width, device=device)
-        entry = lists.entry.view(-1, width)
-        row = torch.arange(len(lists.lo), device=device, dtype=torch.int32)[:, None]
-        count = (lists.hi - lists.lo)[:, None]
-        key = torch.where(place < count, row // self.rows * blocks + entry, planes * blocks)
-        full = place < (lists.mid - lists.lo)[:, None]
-        bins = planes * blocks + 1
-        ends, fulls = (_count(x, bins) for x in (key, torch.where(full, key, bins - 1)))
-        ends = ends.cumsum(0)
-        lo = torch.cat([ends.new_zeros(1), ends[:-1]])[: bins - 1]
-        order = key.flatten().flip(0).sort(stable=True)[1]
-        seen_by = (row % self.rows).expand(-1, width).flatten().flip(0)[order]
-        return Lists(
-            lo.int(), (lo + fulls[: bins - 1]).int(), ends[: bins - 1].int(), seen_by.contiguous()
-        )
+        place, base, row, bins = _turning(planes, self.rows, width, blocks, device)
+        key = (base + lists.entry.view(-1, width)) * 2 + (place >= (lists.mid - lists.lo)[:, None])
+        key = torch.where(place < (lists.hi - lists.lo)[:, None], key, 2 * planes * blocks)
+        key, order = key.flatten().flip(0).sort(stable=True)
+        ends = torch.searchsorted(key, bins, out_int32=True)
+        lo, mid = ends[:-1].view(-1, 2).T.contiguous()
+        return Lists(lo, mid, ends[2::2].contiguous(), row[order])
 
 
-def _count(x: Tensor, bins: int) -> Tensor:
-    """How often each number below ``bins`` occurs; ``torch.bincount`` would wait for the GPU."""
-    x = x.flatten().long()
-    return torch.zeros(bins, dtype=torch.long, device=x.device).scatter_add_(
-        0, x, torch.ones_like(x)
-    )
+@lru_cache(maxsize=16)
+def _turning(
+    planes: int, rows: int, width: int, blocks: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """For ``[planes * rows, width]`` entries: their places, the first block of their plane, their
+    rows backwards, and the ends of the blocks' halves."""
+    row = torch.arange(planes * rows, dtype=torch.int32)[:, None]
+    each = (row % rows).expand(-1, width).flatten().flip(0)
+    ends = torch.arange(2 * planes * blocks + 1)
+    found = torch.arange(width), row // rows * blocks, each, ends
+    return tuple(x.to(device, torch.int32) for x in found)  # waits: any stream may read them
 
 
 def of_choice(chosen: Chosen, causal: bool, S: int, offset: int, device: torch.device) -> Index:
@@ -159,15 +155,23 @@ def _padded(table: Tensor, causal: bool, unit: int, size: int, per_row: int, S: 
     """Lists of one length each, ``[NB,NH,R,n]`` rising with -1 at the end."""
     R, n = table.shape[-2:]
     flat = table.view(-1, n)
-    lo = torch.arange(len(flat), device=table.device, dtype=torch.int32) * n
-    count = (flat >= 0).sum(1, dtype=torch.int32)
-    # Full are the blocks that end by the first query of the row, and before S.
-    end = torch.full((len(flat), 1), S, device=table.device, dtype=torch.int32)
-    if causal:
-        end = torch.arange(len(flat), device=table.device, dtype=torch.int32)[:, None] % R
-        end = (end * per_row + 1).clamp_max(S)
-    full = ((flat >= 0) & (flat * unit + size <= end)).sum(1, dtype=torch.int32)
-    return Lists(lo, lo + full, lo + count, flat.flatten())
+    lo, last = _padding(len(flat), R, n, unit, size, per_row, table.device)
+    there = flat >= 0
+    # Full are the blocks that end before S and, under causality, by the first query of the row.
+    full = there & (flat <= (S - size) // unit)
+    full = full & (flat <= last) if causal else full
+    count, fulls = (x.sum(1, dtype=torch.int32) for x in (there, full))
+    return Lists(lo, lo + fulls, lo + count, flat.flatten())
+
+
+@lru_cache(maxsize=16)
+def _padding(
+    rows: int, R: int, n: int, unit: int, size: int, per_row: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where the lists begin, and the last entry whose block ends by the first query of the row."""
+    row = torch.arange(rows, dtype=torch.int32)
+    last = (row % R * per_row + 1 - size).div(unit, rounding_mode="floor")[:, None]
+    return (row * n).to(device), last.to(device)  # waits: any stream may read them
 
 
 @lru_cache(maxsize=64)
