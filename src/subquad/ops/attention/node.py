@@ -36,7 +36,9 @@ def run(
     """Attention by the implementation in the module ``home``, differentiable."""
     if torch.compiler.is_compiling():
         return _forward_op(q, k, v, _constant(mask.spec()), scale, offset, home)
-    return _Node.apply(home, q, k, v, mask, scale, offset)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Node.apply(home, q, k, v, mask, scale, offset)
+    return import_module(home).forward(q, k, v, mask, scale, offset)
 
 
 class _Node(torch.autograd.Function):

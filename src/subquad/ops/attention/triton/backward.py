@@ -7,6 +7,8 @@
 are computed transposed from the start: no product is ever turned round.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
@@ -25,6 +27,7 @@ from subquad.ops.attention.triton.walk import (
     start_of,
     steps,
 )
+from subquad.ops.kernel import Kernel
 
 # Compiled once for all of their values.
 SIZES = [
@@ -33,7 +36,7 @@ SIZES = [
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["T", "H"])
+@partial(Kernel, sizes=("T", "H"))
 def attention_delta(
     O, DO, LSE, DLSE, DELTA, LSE2, T, H, sot, soh, sob, sdt, sdh, sdb,
     V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
@@ -97,7 +100,7 @@ def _by_query(
     return dq
 
 
-@triton.jit(do_not_specialize=SIZES)
+@partial(Kernel, sizes=SIZES)
 def attention_grad_q(
     Q, K_, V_, KT, VT, DO, LSE2, DELTA, DQ,
     LO, MID, HI, ENTRY, PATTERN, TABLE, CLO, CHI, CENTRY, PLANE,
@@ -250,7 +253,7 @@ def _by_key(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=SIZES)
+@partial(Kernel, sizes=SIZES)
 def attention_grad_kv(
     Q, K_, V_, DO, QT, DOT, LSE2, DELTA, DK, DV, LO, MID, HI, ROW, PATTERN, TABLE, PLANE,
     scale, T, S, offset, shift, blocks, H, G, NB, NH, low, high,
@@ -341,7 +344,7 @@ def _scatter(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SIZES)
+@partial(Kernel, sizes=SIZES)
 def attention_scatter_kv(
     Q, K_, V_, DO, LSE2, DELTA, DK, DV, LO, HI, ENTRY, CLO, CHI, CENTRY, PLANE,
     scale, T, S, offset, first, shift, rows, H, G, NB, NH, low, high,

@@ -1,5 +1,7 @@
 """The forward kernel: online softmax over the listed blocks of keys."""
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
@@ -17,6 +19,7 @@ from subquad.ops.attention.triton.walk import (
     start_of,
     steps,
 )
+from subquad.ops.kernel import Kernel
 
 # Compiled once for all of their values.
 SIZES = ["T", "S", "offset", "first", "shift", "rows", "H", "G", "NB", "NH", "low", "high", "sop"]
@@ -69,7 +72,7 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=SIZES)
+@partial(Kernel, sizes=SIZES)
 def attention_forward(
     Q, K_, V_, KT, VT, O, LSE,
     LO, MID, HI, ENTRY, PATTERN, TABLE, CLO, CHI, CENTRY, PLANE,

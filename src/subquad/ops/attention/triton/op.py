@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from subquad import mask as masks
 from subquad.mask import Mask
+from subquad.ops import kernel
 from subquad.ops.attention.combine import merge
 from subquad.ops.attention.node import run
 from subquad.ops.attention.triton import backward as grads
@@ -53,6 +54,16 @@ class Launch:
     @property
     def BM(self) -> int:
         return max(16, triton.next_power_of_2(self.BQ * self.HG))
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What decides which kernels a call compiles, but for strides and lengths out of step."""
+        index = self.index
+        return (
+            self.K, self.V, self.dtype, self.BQ, self.HG, index.kind, index.size, index.unit,
+            index.per_row, index.columns is None, index.shift == 0, self.T <= MOST_ROWS,
+            index.plane.device,
+        )  # fmt: skip
 
     @property
     def first(self) -> int:
@@ -123,17 +134,17 @@ class Launch:
             "COLUMNS": self.index.columns is not None,
         }  # fmt: skip
 
-    def config(self, kernel: str, rows: int | None = None) -> tuple[int, dict[str, int]]:
+    def config(self, name: str, rows: int | None = None) -> tuple[int, dict[str, int]]:
         """The step and the launch options."""
         width = triton.next_power_of_2(max(self.K, self.V))
-        found = config(kernel, rows or self.BM, width, self.dtype.itemsize)
+        found = config(name, rows or self.BM, width, self.dtype.itemsize)
         return found.pop("step"), found
 
-    def divides_warps(self, kernel: str, *tensors: Tensor) -> bool:
-        """Whether the kernel written for Hopper takes these tensors."""
+    def divides_warps(self, name: str, *tensors: Tensor) -> bool:
+        """Whether the kernel ``name`` written for Hopper takes these tensors."""
         index = self.index
         return (
-            kernel in HOPPER
+            name in HOPPER
             and _is_hopper(tensors[0].device)
             and tensors[0].dtype.itemsize == 2
             and self.BQ == 128
@@ -192,6 +203,14 @@ def forward(
     if scale < 0:
         q, scale = -q, -scale
     launch = prepare(q, k, v, mask, offset)
+    trains = q.requires_grad or k.requires_grad or v.requires_grad
+    if trains and not kernel.met(launch.form):
+
+        def rehearsal() -> None:
+            o, lse = forward(q, k, v, mask, scale, offset)
+            backward(o, lse, q, k, v, o, lse, mask, scale, offset)
+
+        kernel.rehearse(rehearsal)
     rows, heads = launch.programs
     parts = _parts(launch, rows * heads)
     if parts == 1 and launch.divides_warps("forward", q, k, v):
@@ -206,8 +225,9 @@ def forward(
     o = v.new_empty(parts, *q.shape[:3], launch.V, dtype=torch.float32 if parts > 1 else v.dtype)
     lse = q.new_empty(parts, *q.shape[:3], dtype=torch.float32)
     with on_device(q):
-        attention_forward[(rows * parts, heads)](
-            q, k, v, *tiles, o, lse, *launch.lists(), scale, *launch.sizes(),
+        attention_forward.launch(
+            (rows * parts, heads), (q, k, v, *tiles, o, lse, *launch.lists()),
+            scale, *launch.sizes(),
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], lse[0].numel(),
             **launch.dims(), **launch.rows(), BN=step, PARTS=parts, BULK=bulk, **options,
         )  # fmt: skip
@@ -237,8 +257,8 @@ def backward(
     delta, lse2 = lse.new_empty(2, B, H, triton.cdiv(T, TILE) * TILE)
     dims, lists = launch.dims(), launch.lists()
     with on_device(q):
-        grads.attention_delta[(triton.cdiv(T, TILE), B * H)](
-            o, do, lse, dlse.contiguous(), delta, lse2, T, H,
+        grads.attention_delta.launch(
+            (triton.cdiv(T, TILE), B * H), (o, do, lse, dlse.contiguous(), delta, lse2), T, H,
             o.stride(1), o.stride(2), o.stride(0), do.stride(1), do.stride(2), do.stride(0),
             V=launch.V, BV=dims["BV"], BM=TILE, num_warps=8,
         )  # fmt: skip
@@ -253,16 +273,18 @@ def backward(
             step, options = launch.config("grad_q")
             own = launch.narrowed(options.pop("queries", MOST_ROWS))
             tiles, bulk = own.key_tiles(k, v, step)
-            grads.attention_grad_q[own.programs](
-                q, k, v, *tiles, do, lse2, delta, dq, *lists, scale, *own.sizes(), *strides,
+            grads.attention_grad_q.launch(
+                own.programs, (q, k, v, *tiles, do, lse2, delta, dq, *lists),
+                scale, *own.sizes(), *strides,
                 **dims, **own.rows(), BN=step, BULK=bulk, **options,
             )  # fmt: skip
         if turned is None and index.kind != BAND:
             dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
             step, options = launch.config("scatter_kv")
             walked = (lists[0], *lists[2:4], *lists[6:])
-            grads.attention_scatter_kv[launch.programs](
-                q, k, v, do, lse2, delta, dk, dv, *walked, scale, *launch.sizes(), *strides,
+            grads.attention_scatter_kv.launch(
+                launch.programs, (q, k, v, do, lse2, delta, dk, dv, *walked),
+                scale, *launch.sizes(), *strides,
                 **dims, **launch.rows(), BN=step, **options,
             )  # fmt: skip
             return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -279,10 +301,13 @@ def backward(
         aligned = T % index.per_row == 0 and index.shift == 0
         tiles, bulk = launch.tiles((q, do), step, index.per_row, aligned and launch.HG == 1)
         bulk = bulk and launch.HG == 1
-        grads.attention_grad_kv[(blocks * (index.size // BN), B * launch.G)](
-            q, k, v, do, *tiles, lse2, delta, dk, dv, *arguments(turned), index.table,
-            index.plane, scale, T, launch.S, offset, index.shift, blocks, H, launch.G,
-            *index.shape, *index.bounds, *strides, **dims,
+        tensors = (
+            q, k, v, do, *tiles, lse2, delta, dk, dv, *arguments(turned), index.table, index.plane,
+        )  # fmt: skip
+        grads.attention_grad_kv.launch(
+            (blocks * (index.size // BN), B * launch.G), tensors,
+            scale, T, launch.S, offset, index.shift, blocks, H, launch.G, *index.shape,
+            *index.bounds, *strides, **dims,
             BM=step, BN=BN, BULK=bulk, UPRIGHT=upright, **options,
         )  # fmt: skip
     return dq, dk, dv

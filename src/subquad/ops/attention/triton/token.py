@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.ops.kernel import Kernel
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["S", "first", "n"])
+@partial(Kernel, sizes=("S", "first", "n"))
 def token_kernel(
     Q, K_, V_, STARTS, O, scale, S, first, n, H, G, N,
     sqb, sqh, skb, skt, skh, svb, svt, svh,
@@ -57,8 +61,9 @@ def token(
     (B, _, H, K), (S, G), V = q.shape, k.shape[1:3], v.shape[3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     o = torch.empty(B, 1, H, V, dtype=v.dtype, device=q.device)
-    token_kernel[(B * H,)](
-        q, k, v, starts.contiguous(), o, scale, S, first, starts.shape[2], H, G, starts.shape[1],
+    token_kernel.launch(
+        (B * H,), (q, k, v, starts.contiguous(), o),
+        scale, S, first, starts.shape[2], H, G, starts.shape[1],
         q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
         K=K, V=V, BK=triton.next_power_of_2(K), BV=triton.next_power_of_2(V), SIZE=size,
         BN=64, num_warps=4,

@@ -1,5 +1,7 @@
 """The backward kernels for Hopper: dq by tiles of queries, dk and dv by tiles of keys."""
 
+from functools import partial
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -31,6 +33,7 @@ from subquad.ops.attention.triton.walk import (
     start_of,
     steps,
 )
+from subquad.ops.kernel import Kernel
 
 
 @gluon.jit
@@ -110,7 +113,7 @@ def _dq_rows(
         store_rows(DQ, dq * scale, b.to(gl.int64) * T, token + W * 64, T, H, h, D)
 
 
-@gluon.jit(do_not_specialize=["tiles", *SIZES])
+@partial(Kernel, sizes=("tiles", *SIZES), jit=gluon.jit)
 def hopper_grad_q(
     QT, DOT, KT, VT, LSE2, DELTA, DQ, LO, MID, HI, ENTRY, PATTERN, TABLE, PLANE,
     scale, tiles, T, S, offset, rows, H, G, NB, NH, low, high,
@@ -289,7 +292,7 @@ def _dkv_rows(
         store_rows(DV, dv, b.to(gl.int64) * S, row, S, G, g, D)
 
 
-@gluon.jit(do_not_specialize=["tiles", *SIZES])
+@partial(Kernel, sizes=("tiles", *SIZES), jit=gluon.jit)
 def hopper_grad_kv(
     QT, DOT, KT, VT, LSE2, DELTA, DK, DV, LO, MID, HI, ROW, PATTERN, TABLE, PLANE,
     scale, tiles, T, S, offset, H, G, NB, NH, low, high,

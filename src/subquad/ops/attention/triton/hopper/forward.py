@@ -1,5 +1,7 @@
 """The forward kernel for Hopper: online softmax, each group of warps beside the other."""
 
+from functools import partial
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -20,6 +22,7 @@ from subquad.ops.attention.triton.hopper.tiles import (
     store_rows,
 )
 from subquad.ops.attention.triton.walk import band_of, steps
+from subquad.ops.kernel import Kernel
 
 
 @gluon.jit
@@ -130,7 +133,7 @@ def _forward_rows(
         store_rows(O, acc, b.to(gl.int64) * T, token + W * 64, T, H, h, D)
 
 
-@gluon.jit(do_not_specialize=["tiles", *SIZES])
+@partial(Kernel, sizes=("tiles", *SIZES), jit=gluon.jit)
 def hopper_forward(
     QT, KT, VT, O, LSE, LO, MID, HI, ENTRY, PATTERN, TABLE, PLANE,
     scale, tiles, T, S, offset, rows, H, G, NB, NH, low, high,

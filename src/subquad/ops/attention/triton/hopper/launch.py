@@ -18,11 +18,14 @@ def forward(launch, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sca
     """o ``[B,T,H,D]`` and lse ``[B,T,H]``, filled."""
     found = config("hopper_forward", 128, launch.K, q.dtype.itemsize)
     grid, tiles = _tiled(launch, launch.T, launch.H, found)
-    hopper_forward[grid](
+    tensors = (
         _tiles(q, 64), _tiles(k, found["step"]), _tiles(v, found["step"]), o, lse,
         *arguments(launch.index.lists), launch.index.table, launch.index.plane,
-        scale, tiles, *_sizes(launch, launch.index.rows), D=launch.K, BN=found["step"],
-        KIND=launch.index.kind, STAGES=found["num_stages"], num_warps=4,
+    )  # fmt: skip
+    hopper_forward.launch(
+        grid, tensors, scale, tiles, *_sizes(launch, launch.index.rows),
+        D=launch.K, BN=found["step"], KIND=launch.index.kind, STAGES=found["num_stages"],
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -30,11 +33,14 @@ def grad_q(launch, q, k, v, do, lse2: Tensor, delta: Tensor, dq: Tensor, scale: 
     """dq ``[B,T,H,D]``, filled."""
     found = config("hopper_grad_q", 128, launch.K, q.dtype.itemsize)
     grid, tiles = _tiled(launch, launch.T, launch.H, found)
-    hopper_grad_q[grid](
+    tensors = (
         _tiles(q, 64), _tiles(do, 64), _tiles(k, found["step"]), _tiles(v, found["step"]),
         lse2, delta, dq, *arguments(launch.index.lists), launch.index.table, launch.index.plane,
-        scale, tiles, *_sizes(launch, launch.index.rows), D=launch.K, BN=found["step"],
-        KIND=launch.index.kind, STAGES=found["num_stages"], num_warps=4,
+    )  # fmt: skip
+    hopper_grad_q.launch(
+        grid, tensors, scale, tiles, *_sizes(launch, launch.index.rows),
+        D=launch.K, BN=found["step"], KIND=launch.index.kind, STAGES=found["num_stages"],
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -44,10 +50,12 @@ def grad_kv(
     """dk and dv ``[B,S,G,D]``, filled; ``turned`` are the lists by blocks of keys."""
     found = config("hopper_grad_kv", 128, launch.K, q.dtype.itemsize)
     grid, tiles = _tiled(launch, launch.S, launch.G, found)
-    hopper_grad_kv[grid](
+    tensors = (
         _tiles(q, found["step"]), _tiles(do, found["step"]), _tiles(k, 64), _tiles(v, 64),
         lse2, delta, dk, dv, *arguments(turned), launch.index.table, launch.index.plane,
-        scale, tiles, *_sizes(launch), D=launch.K, BM=found["step"],
+    )  # fmt: skip
+    hopper_grad_kv.launch(
+        grid, tensors, scale, tiles, *_sizes(launch), D=launch.K, BM=found["step"],
         KIND=launch.index.kind, STAGES=found["num_stages"], num_warps=4,
     )  # fmt: skip
 
