@@ -17,7 +17,8 @@ WIDEST = 256
 def _examined() -> str:
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if torch.version.cuda and torch.cuda.get_device_capability()[0] < 8:
+    nvidia = torch.version.cuda and torch.cuda.is_available()
+    if nvidia and torch.cuda.get_device_capability()[0] < 8:
         return "needs a GPU of compute capability 8.0 or newer"
     return ""
 
