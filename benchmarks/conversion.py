@@ -58,6 +58,10 @@ LORA = {"lr": 2e-3, "warmup": 20}  # the published rate, 1e-4, is one for 7 B pa
 PLAIN = {"map_rotary": False}
 WIDE = {**PLAIN, "window": 128}
 THRICE = {"lr": 3e-2}  # the maps of layer 0 are seven times nearer after as many tokens
+FEW: dict[str, Any] = {  # what two cores do in minutes
+    "set": {"steps": 40, "length": 4096, "batch": 1}, "transfer": THRICE,
+    "tune": {"steps": 20, "lr": 2e-3, "warmup": 5},
+}  # fmt: skip
 BEST = "lolcats, maps without rotation"
 # The recipe, its kept layers, the stages run where not all, options of the mixer, the dtype, what
 # every stage has (set), the transfer and the tuning have instead of the recipe's own.
@@ -82,9 +86,10 @@ CELLS: dict[str, dict[str, Any]] = {
         "tune": LORA,
     },
     f"{BEST}, best layer kept, windows of 128, thrice the rate, 60 texts of 4,096": {
-        "recipe": "lolcats", "keep": 1, "options": WIDE,
-        "set": {"steps": 40, "length": 4096, "batch": 1}, "transfer": THRICE,
-        "tune": {"steps": 20, "lr": 2e-3, "warmup": 5},
+        "recipe": "lolcats", "keep": 1, "options": WIDE, **FEW,
+    },
+    f"{BEST}, random layer kept, windows of 128, thrice the rate, 60 texts of 4,096": {
+        "recipe": "lolcats", "keep": RANDOM, "options": WIDE, **FEW,
     },
     f"{BEST}, random layer kept, windows of 128, thrice the rate": {
         "recipe": "lolcats", "keep": RANDOM, "options": WIDE, "set": LONG, "transfer": THRICE,
