@@ -99,6 +99,12 @@ CELLS: dict[str, dict[str, Any]] = {
         "recipe": "lolcats", "keep": RANDOM, "options": PLAIN, "set": LONG, "tune": LORA,
     },
     BEST: {"recipe": "lolcats", "options": PLAIN, "set": LONG, "tune": LORA},
+    f"{BEST}, windows of 128, thrice the rate, 100 texts of 4,096": {
+        "recipe": "lolcats", "options": WIDE, **FEW, "tune": {**FEW["tune"], "steps": 60},
+    },
+    f"{BEST}, windows of 128, thrice the rate, 40 texts of 4,096, transfer alone": {
+        "recipe": "lolcats", "options": WIDE, "only": Transfer, **FEW,
+    },
     f"{BEST}, 1k texts, windows of 128, thrice the rate": {
         "recipe": "lolcats", "options": WIDE, "set": SHORT, "transfer": THRICE, "tune": LORA,
     },
