@@ -208,13 +208,11 @@ def specification(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def made(cell: dict[str, Any], options: argparse.Namespace) -> Recipe:
     """The recipe of a cell."""
     asked = {k: getattr(options, k) for k in ("steps", "batch", "length") if getattr(options, k)}
-    changes = {**cell.get("set", {}), **asked}
-    recipe = create_recipe(cell["recipe"], options=cell.get("options", {}), **changes)
-    stages = [
-        replace(s, **{**cell.get("tune" if isinstance(s, Tune) else "transfer", {}), **asked})
-        for s in recipe.stages
-        if isinstance(s, cell.get("only", object))
-    ]
+    own = {k: {**cell[k], **asked} for k in ("transfer", "tune") if k in cell}
+    recipe = create_recipe(
+        cell["recipe"], options=cell.get("options", {}), **own, **{**cell.get("set", {}), **asked}
+    )
+    stages = [s for s in recipe.stages if isinstance(s, cell.get("only", object))]
     if cell.get("only") is Tune:  # without a transfer, maps and factors learn beside the adapters
         stages = [replace(s, train=("feature_map", "window_factors")) for s in stages]
     return replace(recipe, stages=tuple(stages))

@@ -325,3 +325,16 @@ class TestRefused:
         with pytest.raises(ValueError, match="target must be one of"):
             Transfer(target="logits")
         assert not (tmp_path / "out").exists()
+
+
+def test_stages_of_a_kind_are_changed_apart():
+    both = {"steps": 4, "length": 32}
+    recipe = create_recipe("lolcats", **both, transfer={"lr": 3e-2}, tune={"steps": 2, "rank": 4})
+    transfer, tune = recipe.stages
+    assert (transfer.steps, transfer.length, transfer.lr) == (4, 32, 3e-2)
+    assert (tune.steps, tune.length, tune.rank) == (2, 32, 4)
+    assert tune.lr == create_recipe("lolcats").stages[1].lr
+    with pytest.raises(ValueError, match="rank"):
+        create_recipe("lolcats", transfer={"rank": 4})
+    with pytest.raises(ValueError, match="no stage of kind 'tune'"):
+        create_recipe("lolcats", stages=stages()[:1], tune={"steps": 2})

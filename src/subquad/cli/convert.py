@@ -28,6 +28,8 @@ def convert(
     set_: Annotated[
         str, typer.Option("--set", help="steps=200,batch=8,length=512,seed=0, of every stage.")
     ] = "",
+    transfer: Annotated[str, typer.Option(help="lr=3e-2,... of the attention transfer.")] = "",
+    tune: Annotated[str, typer.Option(help="lr=2e-3,steps=20,... of the tuning.")] = "",
     option: Annotated[str, typer.Option(help="Options of the mixer, window=64,...")] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what OUT holds.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what OUT holds.")] = False,
@@ -45,7 +47,10 @@ def convert(
     from subquad.recipes.run import convert as run
 
     changes = spec.options(set_)
-    chosen = recipes.create_recipe(recipe, options=spec.options(option), **changes)
+    chosen = recipes.create_recipe(
+        recipe, options=spec.options(option), transfer=spec.options(transfer),
+        tune=spec.options(tune), **changes,
+    )  # fmt: skip
     layers: str | int = int(keep) if keep.strip().isdigit() else keep.strip().rstrip(",")
     screen = console()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -23,24 +24,34 @@ RECIPES = {
 }
 
 
-def create_recipe(name: str, **changes: Any) -> Recipe:
+def create_recipe(
+    name: str,
+    *,
+    transfer: Mapping[str, Any] | None = None,
+    tune: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Recipe:
     """A recipe by its key, e.g. ``create_recipe("lolcats", options={"window": 32}, steps=200)``.
 
     Args:
         **changes: fields of the recipe (``options`` are added to its own), and ``steps``,
             ``batch``, ``length`` or ``seed`` for every stage.
+        transfer, tune: fields of the stages of that kind alone, after ``changes``.
 
     Raises:
         ValueError: for an unknown recipe, with the nearest ones, or unknown changes.
     """
+    from subquad.recipes.base import EVERY
+
     checks.one_of("recipe", name, RECIPES)
     module, _, attribute = RECIPES[name].partition(":")
     recipe: Recipe = getattr(import_module(module), attribute)()
-    stages = {k: changes.pop(k) for k in ("steps", "batch", "length", "seed") if k in changes}
+    stages = {k: changes.pop(k) for k in EVERY if k in changes}
     if "options" in changes:
         changes["options"] = {**recipe.options, **changes["options"]}
     try:
         recipe = replace(recipe, **changes)
     except TypeError as error:
         raise ValueError(f"changes of recipe {name!r}: {error}") from None
-    return recipe.with_stages(**stages)
+    recipe = recipe.with_stages(**stages).with_stages("transfer", **transfer or {})
+    return recipe.with_stages("tune", **tune or {})

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from subquad.ops import checks
 
 TARGETS = ("heads", "output", "weights")
+EVERY = ("steps", "batch", "length", "seed")  # what all stages can be given at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +154,19 @@ class Recipe:
             "stages": [stage.identity() for stage in self.stages],
         }
 
-    def with_stages(self, **changes: Any) -> Recipe:
-        """A copy in which every stage has other ``steps``, ``batch``, ``length`` or ``seed``."""
+    def with_stages(self, kind: str = "", /, **changes: Any) -> Recipe:
+        """A copy in which every stage has other ``steps``, ``batch``, ``length`` or ``seed``; with
+        a ``kind``, "transfer" or "tune", the stages of that kind other values of any field.
+
+        Raises:
+            ValueError: for an unknown field, and where there is no stage of that kind.
+        """
         given = {name: value for name, value in changes.items() if value is not None}
+        own = [stage for stage in self.stages if kind in ("", stage.kind)]
+        if given and kind and not own:
+            raise ValueError(f"recipe {self.key!r} has no stage of kind {kind!r}")
+        known = [f.name for f in fields(own[0])] if kind and own else EVERY
         for name in given:
-            checks.one_of("a stage's option", name, ("steps", "batch", "length", "seed"))
-        return replace(self, stages=tuple(replace(stage, **given) for stage in self.stages))
+            checks.one_of("a stage's option", name, known)
+        stages = (replace(s, **given) if kind in ("", s.kind) else s for s in self.stages)
+        return replace(self, stages=tuple(stages))
