@@ -26,7 +26,7 @@ F32 = torch.float32
 def _plans():
     """Plans made under another segment length do not outlive their test."""
     yield
-    found = sys.modules.get("subquad.ops.recurrence.triton.launch")
+    found = sys.modules.get("subquad.ops.recurrence.triton.layout")
     if found:
         found.lay_out.cache_clear()
 
@@ -67,7 +67,7 @@ def test_a_rehearsal_meets_every_kernel(decay, T, segment, monkeypatch):
     from triton.backends.compiler import GPUTarget
 
     from subquad.ops import kernel
-    from subquad.ops.recurrence.triton import launch
+    from subquad.ops.recurrence.triton import launch, layout
 
     class Hopper:
         get_current_device = get_current_stream = staticmethod(lambda *_: 0)
@@ -84,7 +84,7 @@ def test_a_rehearsal_meets_every_kernel(decay, T, segment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", asked)
-    monkeypatch.setattr(launch, "segment_length", lambda *_: segment)
+    monkeypatch.setattr(layout, "segment_length", lambda *_: segment)
     for delta in (False, True):
         x = Case(decay, delta, T=T, H=1, K=16, V=16).draw("cpu")
         o, _, *kept = launch.forward(**_named(x), scale=1.0, trains=True)
@@ -122,13 +122,13 @@ CASES = {
 @inside
 @pytest.mark.parametrize("name", CASES)
 def test_outputs_and_gradients(name):
-    from subquad.ops.recurrence.triton import launch
+    from subquad.ops.recurrence.triton import layout
 
     case, segment, short = CASES[name]
     whole = (case.T + 63) // 64 * 64
     with (
-        mock.patch.object(launch, "segment_length", return_value=segment or whole),
-        mock.patch.object(launch, "SHORT", short),
+        mock.patch.object(layout, "segment_length", return_value=segment or whole),
+        mock.patch.object(layout, "SHORT", short),
     ):
         found = errors(case, "cpu")
     assert max(found.values()) < 2e-5, found

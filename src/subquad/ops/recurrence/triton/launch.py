@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,124 +12,13 @@ from subquad.ops import kernel
 from subquad.ops.kernel import Launch
 from subquad.ops.recurrence.triton import configs
 from subquad.ops.recurrence.triton.grads import grads, score_grads
+from subquad.ops.recurrence.triton.layout import NAMES, C, Plan, cdiv, plan, tables
 from subquad.ops.recurrence.triton.prepare import prepare
 from subquad.ops.recurrence.triton.scan import combine, scan, scan_back
 from subquad.ops.recurrence.triton.step import step
 
-C = 64  # rows of a chunk
-SHORT = 4096  # tokens up to which a launch weighs more than computing the scores twice
-NAMES = {"none": 0, "head": 1, "channel": 2}
 # exp(LIMIT) and its inverse times an input stay representable (see prepare.py).
 LIMITS = {torch.float16: 6.0, torch.bfloat16: 80.0, torch.float32: 80.0}
-
-
-def cdiv(a: int, b: int) -> int:
-    """``a / b``, rounded up (triton.cdiv costs microseconds on the host)."""
-    return -(-a // b)
-
-
-def slots(cu: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Cut packed sequences into segments of ``size`` tokens, without asking the device anything.
-
-    Returns the table int32 ``[count,6]`` that ``parts.segment`` reads (first token, end, sequence,
-    opens, closes, first chunk; the surplus rows are empty) and the first segment of each sequence,
-    int32 ``[N+1]``. Every sequence has a segment, an empty one too.
-    """
-    cu = cu.long()
-    lengths = cu.diff()
-    parts = ((lengths + size - 1) // size).clamp_min(1)
-    chunks = (lengths + C - 1) // C
-    first = torch.cat([cu.new_zeros(1), parts.cumsum(0)])
-    first_chunk = chunks.cumsum(0) - chunks
-    slot = torch.arange(count, device=cu.device)
-    which = torch.searchsorted(first[1:].contiguous(), slot, right=True).clamp_max(len(parts) - 1)
-    part = slot - first[which]
-    real = slot < first[-1]
-    start = torch.where(real, cu[which] + part * size, cu[-1])
-    end = torch.where(real, torch.minimum(start + size, cu[which + 1]), cu[-1])
-    opens = real & (part == 0)
-    closes = real & (part == parts[which] - 1)
-    chunk = first_chunk[which] + part * (size // C if size % C == 0 else 0)
-    columns = torch.stack([start, end, which, opens.long(), closes.long(), chunk], 1)
-    return columns.int().contiguous(), first.int()
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """How calls of one shape are laid out: sizes, segments and chunks, head counts of the inputs as
-    the kernels' arguments, and the launches made so far."""
-
-    B: int
-    T: int
-    H: int
-    K: int
-    V: int
-    N: int
-    decay: str
-    delta: bool
-    packed: bool
-    dtype: torch.dtype
-    device: torch.device
-    size: int  # tokens of a segment
-    segments: int
-    chunks: int
-    heads: dict[str, int]
-    launches: dict[Hashable, Launch] = field(default_factory=dict)
-    met: set[Hashable] = field(default_factory=set)
-
-    @property
-    def split(self) -> bool:
-        return self.segments > self.N
-
-    @cached_property
-    def fuse(self) -> bool:
-        """Whether the passes compute the scores themselves: short sequences in one launch."""
-        short = self.T <= SHORT or self.decay == "none"
-        return short and self.decay != "channel" and not self.delta
-
-    @cached_property
-    def form(self) -> tuple:
-        """What decides which kernels a call compiles, beside the inputs that are None."""
-        return (
-            self.K, self.V, self.decay, self.delta, self.dtype, self.device, self.packed,
-            self.split, self.fuse,
-        )  # fmt: skip
-
-    @property
-    def precision(self) -> str:
-        return "tf32x3" if self.dtype == torch.float32 else "tf32"
-
-    @property
-    def exact(self) -> bool:
-        return self.dtype == torch.float32
-
-    def config(self, kernel: str) -> configs.Config:
-        return configs.config(
-            kernel, configs.arch(self.device), self.decay, self.delta, self.K, self.V,
-            self.dtype.itemsize,
-        )  # fmt: skip
-
-    @property
-    def scan(self) -> configs.Config:
-        c = self.config("scan_split" if self.split else "scan")
-        return {n: x for n, x in c.items() if n != "fill"}
-
-    def switches(self, **more) -> dict:
-        return {
-            "K": self.K, "V": self.V, "DECAY": NAMES[self.decay], "DELTA": self.delta,
-            "PACKED": self.packed, **more,
-        }  # fmt: skip
-
-    def pick(self, *names: str) -> dict[str, int]:
-        return {n: self.heads[n] for n in names}
-
-
-class Tables(NamedTuple):
-    """Where the segments and chunks of packed sequences lie (see :func:`slots`), or None."""
-
-    segments: Tensor | None = None
-    first: Tensor | None = None
-    chunks: Tensor | None = None
 
 
 class Ready(NamedTuple):
@@ -145,70 +32,6 @@ class Ready(NamedTuple):
     KG: Tensor | None = None
     GS: Tensor | None = None
     flag: Tensor | None = None
-
-
-def plan(q: Tensor, k: Tensor, v: Tensor, decay, beta, cu, *, whole: bool = False) -> Plan:
-    """The layout of one call; the backward pass finds the same one again."""
-    return lay_out(*shapes(q, k, v, decay, beta, cu), whole, configs.forcings())
-
-
-def shapes(q, k, v, decay, beta, cu) -> tuple:
-    """The first arguments of :func:`lay_out`."""
-    return (
-        q.shape, k.shape[2], v.shape, None if decay is None else decay.shape,
-        None if beta is None else beta.shape[2], None if cu is None else cu.shape[0] - 1,
-        q.dtype, q.device,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=256)
-def lay_out(q, k_heads, v, decay, beta_heads, sequences, dtype, device, whole, _=0) -> Plan:
-    """The plan of calls of these shapes (None where an input is).
-
-    A sequence is split where its heads and value blocks alone would leave the GPU idle, never if
-    ``whole``. The last argument tells forced configurations apart.
-    """
-    B, T = q[:2]
-    K, V = int(q[3]), int(v[3])  # the kernels' constants, also while compiling
-    given = {"HQ": q[2], "HK": k_heads, "HV": v[2]}
-    if decay is not None:
-        given["HD"] = decay[2]
-    if beta_heads is not None:
-        given["HB"] = beta_heads
-    H = max(given.values())
-    name = "none" if decay is None else "channel" if len(decay) == 4 else "head"
-    packed, delta = sequences is not None, beta_heads is not None
-    N = sequences if packed else B
-    size = cdiv(T, C) * C
-    if not whole:
-        arch, shape = configs.arch(device), (name, delta, K, V, dtype.itemsize)
-        programs = N * H * cdiv(V, configs.config("scan", arch, *shape)["BV"])
-        fill = configs.config("scan_split", arch, *shape)["fill"]
-        size = segment_length(T, programs, configs.processors(device), fill)
-    segments, chunks = B * cdiv(T, size), B * cdiv(T, C)
-    if packed:
-        segments, chunks = N + T // size, N + T // C
-    return Plan(
-        B, T, H, K, V, N, name, delta, packed, dtype, device, size, segments, chunks,
-        {"H": H, "HD": H, "HB": H, **given},
-    )  # fmt: skip
-
-
-def segment_length(T: int, programs: int, processors: int, fill: int) -> int:
-    """Tokens of a segment: all where ``programs`` fill the GPU, else so that each multiprocessor
-    gets up to ``fill`` of them, but not under 1024, where the extra pass costs more than it gives.
-    """
-    parts = 1
-    if programs * 4 < processors * 3:
-        parts = min(fill * processors // programs, max(1, T // 1024))
-    return cdiv(cdiv(T, parts), C) * C
-
-
-def tables(p: Plan, cu: Tensor | None) -> Tables:
-    if cu is None:
-        return Tables()
-    table, first = slots(cu, p.size, p.segments)
-    return Tables(table, first, slots(cu, C, p.chunks)[0])
 
 
 def bound(make: Callable[..., Launch]) -> Callable[..., Launch]:

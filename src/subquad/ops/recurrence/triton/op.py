@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subquad.ops.kernel import dense, on_device
 from subquad.ops.operation import operation
-from subquad.ops.recurrence.triton import launch
+from subquad.ops.recurrence.triton import launch, layout
 
 
 def recurrence(
@@ -130,7 +130,7 @@ def _(q, k, v, decay, beta, state, cu_seqlens, scale):
 @_forward.fake
 def _(q, k, v, decay, beta, state, cu_seqlens, scale, trains=False):
     # Sizes may be symbols, which cannot be looked up.
-    p = launch.lay_out.__wrapped__(*launch.shapes(q, k, v, decay, beta, cu_seqlens), False)
+    p = layout.lay_out.__wrapped__(*layout.shapes(q, k, v, decay, beta, cu_seqlens), False)
     return *_ends(q, k, v, decay, beta, cu_seqlens), *launch.carried(p, v)
 
 
