@@ -20,7 +20,10 @@ pytestmark = [
 def ranks(script: Path, *arguments: str, timeout: int) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(script), *arguments]
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+    }
     return subprocess.run(command, env=env, timeout=timeout, capture_output=True, text=True)
 
 
