@@ -113,13 +113,13 @@ def cold(name: str, cores: list[int], trains: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
         done = subprocess.run(
             [sys.executable, __file__, "--row", name, *(["--trains"] if trains else [])],
-            env={**os.environ, "TRITON_CACHE_DIR": cache},
+            env={**os.environ, "TRITON_CACHE_DIR": cache, "PYTHONFAULTHANDLER": "1"},
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
             capture_output=True,
             text=True,
         )
     if done.returncode:
-        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{name}: rc {done.returncode}: {done.stdout}{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -49,8 +49,8 @@ class Titans(Mixer):
         read: whether a token reads the memory "after" or "before" it is written.
         lr_max: the largest step size (it starts at 0.12 of it); where None, 0.1, and 0.01 for a
             residual network, whose norm makes its gradients steeper.
-        gain_lr: what of it the norm's gain has; where None, 1 in "library", and 1/d elsewhere: at
-            1, alike tokens of a chunk make the gain grow without end.
+        gain_lr: what of it the norm's gain has. At 1, as published, alike tokens of a chunk can
+            make the gain grow without end; 1/d is steadier, and reads less far.
         momentum, forget: whether there are such gates.
         conv_size: kernel of the short convolutions of q, k and v; 0 for none.
         persistent: learned tokens in front (not in "library").
@@ -76,7 +76,7 @@ class Titans(Mixer):
         step: int = 1,
         read: str = "after",
         lr_max: float | None = None,
-        gain_lr: float | None = None,
+        gain_lr: float = 1.0,
         momentum: bool = True,
         forget: bool = True,
         conv_size: int = 4,
@@ -107,8 +107,6 @@ class Titans(Mixer):
         lr_max = (0.01 if residual else 0.1) if lr_max is None else lr_max
         if not lr_max > 0:
             raise ValueError(f"lr_max must be positive, got {lr_max}")
-        if gain_lr is None:
-            gain_lr = 1.0 if variant == "library" else 1 / head_dim
         if not 0 <= gain_lr < math.inf:
             raise ValueError(f"gain_lr must be finite and not negative, got {gain_lr}")
         if activation is not None:
