@@ -133,7 +133,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.row:
         print(json.dumps(first(asked.row, asked.trains)), flush=True)
-        # PyTorch's threads may still be letting go of the graph: an exit meanwhile can end in abort.
+        # PyTorch's threads may still be letting go of the graph: to exit meanwhile can abort.
         os._exit(0)
     mine = sorted(os.sched_getaffinity(0))
     if max(asked.cores) > len(mine):
