@@ -86,7 +86,7 @@ class Running:
 
 def begin(job: Job, gpus: list[int], args: argparse.Namespace) -> Running:
     words = shlex.split(job.run.format(out=args.out, model=args.model))
-    words = [sys.executable, *(("-m", *words) if words[0] == "pytest" else words)]
+    words = [sys.executable, *(words if words[0].endswith(".py") else ("-m", *words))]
     environment = {
         **os.environ,
         **job.env,
