@@ -323,12 +323,14 @@ def words(run: Row) -> list[str]:
     kept = next((row["kept"] for name, row in rows.items() if name.startswith("sla, ")), 1)
     given = {k: v for k, v in asdict(s).items() if v != getattr(Setting, k)}
     options = "".join(f" --{k.replace('_', '-')} {v}" for k, v in given.items())
+    others = sorted({row["made"]["device"] for row in rows.values()} - {made["device"]})
+    elsewhere = f" (variants on {' and '.join(others)})" if others else ""
     lines = [
         f"`python benchmarks/claims_diffusion.py --part base{options}`, then `--part variant`, on "
-        f"{made['device']}, torch {made['torch']}, {made['date']}. A DiT of {s.depth} blocks of "
-        f"width {s.dim}, digits of {s.size}x{s.size}, a token a pixel, blocks of {s.block}: "
-        f"{s.steps} steps with softmax, then the tuned variants {s.tune} more from those weights, "
-        f"equal batches of {s.batch} and rates. From the softmax of SLA {1 - kept:.1%} of the "
+        f"{made['device']}{elsewhere}, torch {made['torch']}, {made['date']}. A DiT of {s.depth} "
+        f"blocks of width {s.dim}, digits of {s.size}x{s.size}, a token a pixel, blocks of "
+        f"{s.block}: {s.steps} steps with softmax, then the tuned variants {s.tune} more from "
+        f"those weights, equal batches of {s.batch} and rates. From the softmax of SLA {1 - kept:.1%} of the "
         "pairs are gone. Loss: held-out flow matching, fixed noise. Distance: squared Fréchet, "
         f"{s.count} samples against the training images in a classifier's features (held-out "
         f"images: {run['base']['frechet, held-out']:.2f}). Class: how often the classifier sees "

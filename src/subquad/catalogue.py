@@ -346,7 +346,7 @@ _CARDS = (
         kind="mixer",
         home="subquad.mixers.sla:SLA",
         causal=False,
-        evidence=("facts",),
+        evidence=("facts", "claim"),
     ),
     System(
         key="titans",
