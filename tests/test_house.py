@@ -51,6 +51,19 @@ def test_import_costs_little_beyond_torch():
     assert min(map(float, said.split())) < 0.3
 
 
+def test_first_calls_do_not_import_the_compiler():
+    """torch._dynamo and sympy take seconds to import, which a first call would wait for."""
+    _python(
+        "import sys, torch, subquad\n"
+        "x = torch.randn(1, 130, 64, requires_grad=True)\n"
+        "for key in ('softmax', 'gated_deltanet', 'parallax', 'lolcats', 'titans', 'sla'):\n"
+        "    y, _ = subquad.create_mixer(key, dim=64)(x)\n"
+        "    y.sum().backward()\n"
+        "    for name in ('torch._dynamo', 'sympy'):\n"
+        "        assert name not in sys.modules, f'{key} imports {name}'\n"
+    )
+
+
 def test_base_needs_only_its_dependencies():
     """Mixers and operations work where none of the extras is installed."""
     extras = ("transformers", "rich", "typer", "plotly", "matplotlib", "peft", "psutil", "sklearn")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -48,16 +48,23 @@ class Request:
 
 
 Verifier = Callable[[Request], tuple[bool, str]]
+F = TypeVar("F", bound=Callable[..., Any])
 
 
+def assumed_constant(function: F) -> F:
+    """While compiling, run the function, untraced, and take its result for a constant.
+
+    ``torch.compiler.assume_constant_result`` sets the same mark, but imports the compiler to do so:
+    seconds of a first call.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@assumed_constant  # an import cannot be traced, the look-up of the attributes after it can
 def _imported(module: str) -> bool:
     import_module(module)
     return True
-
-
-# What torch.compiler.assume_constant_result sets (and it would import the compiler here): an import
-# cannot be traced, the look-up of the attributes after it can.
-_imported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,13 @@ from torch.autograd.function import once_differentiable
 
 from subquad.mask import Mask
 from subquad.mask.spec import from_spec
+from subquad.ops.backend import assumed_constant
 from subquad.ops.operation import operation
 
 _CONSTANTS: dict[Mask, int] = {}
 
 
-@torch.compiler.assume_constant_result
+@assumed_constant
 def _constant(spec: Any) -> int:
     return _CONSTANTS.setdefault(from_spec(spec), len(_CONSTANTS))
 

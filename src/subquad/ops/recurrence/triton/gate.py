@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
-from subquad.ops.backend import Request, interpreted
+from subquad.ops.backend import Request, assumed_constant, interpreted
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256
@@ -23,13 +23,10 @@ def _examined() -> str:
     return ""
 
 
+@assumed_constant  # a cached function would be traced
 def _machine() -> str:
     """Why this machine runs no kernel, or ""."""
     return _examined()
-
-
-# While compiling, the answer is taken as it is (see backend.py); a cached function would be traced.
-_machine._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def verify(request: Request) -> tuple[bool, str]:
