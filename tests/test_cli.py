@@ -116,6 +116,8 @@ def test_explain_says_who_runs():
         (("compare", "--lengths", "many"), "lengths"),
         (("train", "gla", "--task", "mqarr"), "mqar"),
         (("train", "gla", "--steps", "0"), "steps"),
+        (("tune", "--sizes", "64"), "sizes"),
+        (("tune", "--forms", "head,heads:delta"), "heads:delta"),
     ],
 )
 def test_what_is_wrong_is_one_line(monkeypatch, capsys, tmp_path, arguments, named):

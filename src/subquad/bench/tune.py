@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -145,13 +145,31 @@ def tune(
     return path
 
 
+def apart(run: Callable[..., str], *arguments: Any) -> str:
+    """What ``run`` says, in a process of its own: an illegal access leaves a process without its
+    GPU, and a compiler can end it."""
+    context = get_context("spawn")
+    heard, said = context.Pipe(duplex=False)
+    process = context.Process(target=_say, args=(said, run, *arguments))
+    process.start()
+    said.close()  # so that the end of the process ends the waiting
+    try:
+        answer: str = heard.recv()
+    except EOFError:
+        process.join()
+        answer = f"its process ended with exit code {process.exitcode}"
+    process.join()
+    return answer
+
+
+def _say(said: Any, run: Callable[..., str], *arguments: Any) -> None:
+    said.send(run(*arguments))
+
+
 def _checked(jobs: list, workers: int, tell: Progress) -> list:
     right = []
-    # A process each: an illegal access leaves a process without its GPU.
-    with ProcessPoolExecutor(
-        workers, mp_context=get_context("spawn"), max_tasks_per_child=1
-    ) as pool:
-        waiting = {pool.submit(_check, *job): job for job in jobs}
+    with ThreadPoolExecutor(workers) as threads:
+        waiting = {threads.submit(apart, _check, *job): job for job in jobs}
         for n, future in enumerate(as_completed(waiting), 1):
             case, kernel, config = waiting[future]
             refused = future.result()
