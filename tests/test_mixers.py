@@ -1,9 +1,13 @@
 """Every mixer against the kit: the table in rows.py times the equalities in kit.py."""
 
 import pytest
+import torch
 
 import kit
+import subquad
 from rows import ROWS
+from subquad import catalogue
+from subquad.mixers.softmax import Softmax
 
 # Where every token sees those after it, a part alone is not the part of the whole.
 CAUSAL = (kit.check_causal, kit.check_split, kit.check_decode)
@@ -26,3 +30,30 @@ def test_mixer(row, check):
 )
 def test_golden(row, shared):
     kit.check_golden(row, shared)
+
+
+@pytest.mark.parametrize(
+    "key", [c.key for c in catalogue.systems(kind="mixer") if issubclass(c.load(), Softmax)]
+)
+def test_causal_is_no_empty_word(key):
+    """Where a system says that its tokens see the future, they do; else it is refused."""
+    if not catalogue.system(key).load().both_ways or key == "sla":  # that one never is
+        with pytest.raises(ValueError, match="causal"):
+            subquad.create_mixer(key, dim=16, heads=2, causal=False)
+        return
+    mixer = subquad.create_mixer(key, dim=16, heads=2, causal=False).double()
+    x = torch.randn(1, 9, 16, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(mixer(x)[0][:, 0].square().sum(), x)
+    assert gradient[:, 8].abs().max() > 0
+
+
+def test_what_is_no_tensor_or_state_is_named():
+    mixer, x = subquad.create_mixer("gla", dim=16, heads=2), torch.randn(1, 5, 16)
+    for wrong, named in (
+        ({"cu_seqlens": [0, 2, 5]}, "cu_seqlens must be int32"),
+        ({"state": mixer(x)}, "state must be a State or None, got tuple"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            mixer(x, **wrong)
+    with pytest.raises(ValueError, match="x must be floating point"):
+        mixer(x.long())

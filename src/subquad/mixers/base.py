@@ -155,6 +155,10 @@ class Mixer(nn.Module):
     def _context(self, x, state, padding, cu_seqlens, positions, grid) -> Context:
         if x.dim() != 3 or x.shape[2] != self.dim or x.shape[1] < 1:
             raise ValueError(f"x must be [B,T,C] with T >= 1, C={self.dim}, got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating point, got {x.dtype}")
+        if state is not None and not isinstance(state, State):
+            raise ValueError(f"state must be a State or None, got {type(state).__name__}")
         B, T, _ = x.shape
         here = self._split(state, padding)
         checks.cu_seqlens(cu_seqlens, B=B, T=T if here is None else T * here.size)

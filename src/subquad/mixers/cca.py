@@ -24,6 +24,7 @@ from subquad.mixers.parts.summary import extend, run
 from subquad.mixers.softmax import Softmax
 from subquad.ops import checks
 from subquad.ops.attention import attention, merge
+from subquad.ops.backend import without_autocast
 
 CORE_ROPE = ("pooled", "rotated")
 
@@ -44,6 +45,7 @@ class CCA(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
+    both_ways = False
     past = ()
 
     def __init__(
@@ -117,7 +119,8 @@ class CCA(Softmax):
     def _pool(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """q ``[N,R,G,K]``, k and v ``[N,R,g,G,K]``: the cores ``[N,R,G,K]``."""
         wide = torch.promote_types(q.dtype, torch.float32)
-        scores = self.scale * torch.einsum("nrhk,nrjhk->nrjh", q.to(wide), k.to(wide))
+        with without_autocast(q.device.type):
+            scores = self.scale * torch.einsum("nrhk,nrjhk->nrjh", q.to(wide), k.to(wide))
         share = scores.softmax(2)[..., None]
         if self.core_rope == "rotated" and self.rope_theta is not None:
             turn = torch.arange(self.group - 1, -1, -1, device=k.device)[None]

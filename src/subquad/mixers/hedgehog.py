@@ -36,7 +36,8 @@ class Hedgehog(Softmax):
         causal: whether a token sees those up to itself, or all. Then the state adds up what
             earlier calls saw, and every token of a call sees all of it.
         eps: added to the denominator.
-        **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
+        **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window``, ``sinks``
+            and ``scale``.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Hedgehog(Softmax):
         eps: float = 1e-12,
         **options: Any,
     ) -> None:
-        if options.keys() & {"window", "sinks"}:
-            raise ValueError(f"window and sinks give way to the state, got {sorted(options)}")
+        if options.keys() & {"window", "sinks", "scale"}:
+            raise ValueError(
+                f"window and sinks give way to the state, scale to the maps, got {sorted(options)}"
+            )
         super().__init__(dim=dim, **options)
         self.past = ()
         given: dict[str, Any] = {"kind": feature_map, "init": feature_init, "bias": feature_bias}

@@ -54,6 +54,7 @@ class InfLLMv2(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
+    both_ways = False
     past = ()
 
     def __init__(

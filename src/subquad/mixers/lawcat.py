@@ -51,6 +51,8 @@ class LAWCAT(Softmax):
             serves the window.
     """
 
+    both_ways = False
+
     def __init__(
         self,
         *,

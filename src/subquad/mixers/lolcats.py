@@ -21,6 +21,7 @@ from subquad.mixers.parts.head_map import HeadMap
 from subquad.mixers.parts.past import Span
 from subquad.mixers.softmax import Softmax
 from subquad.ops import checks
+from subquad.ops.backend import without_autocast
 from subquad.ops.kernel_attention import How, Near, cost, mixed_attention
 from subquad.ops.kernel_attention.reference import mixed_weights
 from subquad.ops.layout import repeat_heads
@@ -48,6 +49,8 @@ class LoLCATs(Softmax):
             or "sliding" (after a terraced prefill, the last w tokens, as the authors decode).
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
+
+    both_ways = False
 
     def __init__(
         self,
@@ -156,4 +159,5 @@ def _slid(phi_k: Tensor, v: Tensor, seen: Tensor, window: int) -> tuple[Tensor, 
     column = torch.arange(far, device=v.device)
     phi_k = phi_k.masked_fill((column < S - seen[:, None])[..., None, None], 0)
     v = repeat_heads(v[:, :far], phi_k.shape[2]).to(phi_k.dtype)
-    return torch.einsum("bjhf,bjhv->bhfv", phi_k, v), phi_k.sum(1)
+    with without_autocast(v.device.type):
+        return torch.einsum("bjhf,bjhv->bhfv", phi_k, v), phi_k.sum(1)

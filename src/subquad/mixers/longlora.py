@@ -41,6 +41,8 @@ class LongLoRA(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
+    both_ways = False
+
     def __init__(
         self,
         *,

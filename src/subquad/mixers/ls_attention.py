@@ -36,6 +36,7 @@ class LSAttention(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
+    both_ways = False
     past = ()
 
     def __init__(

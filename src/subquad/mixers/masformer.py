@@ -57,6 +57,8 @@ class MASFormer(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
+    both_ways = False
+
     def __init__(
         self,
         *,

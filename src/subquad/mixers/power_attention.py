@@ -38,6 +38,8 @@ class PowerAttention(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
+    both_ways = False
+
     def __init__(self, *, dim: int, block: int = 256, window: int = 5, **options: Any) -> None:
         super().__init__(dim=dim, **options)
         checks.positive("block", block)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subquad.mixers.parts.grid import GatedImageAttention, positive
+from subquad.ops.backend import without_autocast
 from subquad.ops.kernel_attention import bidirectional
 
 
@@ -30,5 +31,6 @@ class RALA(GatedImageAttention):
 
 def weights_of_keys(q: Tensor, k: Tensor) -> Tensor:
     """alpha ``[B,T,H]``, of mean 1, from features ``[B,T,H,K]``."""
-    scores = torch.einsum("bhk,bthk->bth", q.mean(1), k) * q.shape[-1] ** -0.5
+    with without_autocast(q.device.type):
+        scores = torch.einsum("bhk,bthk->bth", q.mean(1), k) * q.shape[-1] ** -0.5
     return k.shape[1] * scores.softmax(1)

@@ -37,6 +37,8 @@ class SALA(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
+    both_ways = False
+
     def __init__(
         self,
         *,

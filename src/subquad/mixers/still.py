@@ -50,6 +50,8 @@ class STILL(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
+    both_ways = False
+
     def __init__(
         self,
         *,
