@@ -127,6 +127,14 @@ def test_studies_that_are_refused(change, message):
         Study(**{"model": "m", "policies": ("quest",), **change})
 
 
+def test_an_entry_that_does_not_fit_is_refused_before_any_is_measured(host, tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBQUAD_CALIBRATIONS", str(tmp_path))
+    study = Study(model=str(host), policies=(*POLICIES, "duo"), lengths=(320,), samples=3, keys=1)
+    with pytest.raises(ValueError, match=r"no calibration of duo .*calibrate\(model, texts\)"):
+        policies.study(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_commands(host, tmp_path):
     run = CliRunner().invoke
     done = run(

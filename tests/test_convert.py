@@ -261,6 +261,16 @@ class TestRefused:
     def test_no_model(self, tmp_path):
         with pytest.raises(ValueError, match="model must be a folder"):
             subquad.convert(tmp_path, small("lolcats"), texts(), out=tmp_path / "out")
+        for path in ("./model", str(tmp_path / "model"), "some/where/else"):
+            with pytest.raises(ValueError, match="model must be a folder"):
+                subquad.convert(path, small("lolcats"), texts(), out=tmp_path / "out")
+
+    def test_no_such_device(self, tmp_path):
+        with pytest.raises(ValueError, match="device must be"):
+            subquad.convert(
+                teacher(), small("lolcats"), texts(), out=tmp_path / "out", device="gpu"
+            )
+        assert not (tmp_path / "out").exists()
 
     def test_sliding_windows(self, tmp_path):
         model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8))

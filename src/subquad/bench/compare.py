@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subquad.bench import spec
-from subquad.bench.match import build, check_device, matched, parameters
+from subquad.bench.match import build, matched, parameters
 from subquad.bench.results import Results, machine
 from subquad.ops import checks
 
@@ -143,7 +143,7 @@ def compare(
     Raises:
         ValueError: for names, options and sizes that do not fit, before any training.
     """
-    check_device(comparison.device)
+    checks.device(comparison.device)
     tell = progress or (lambda event: None)
     first, processes = share
     cells = list(_cells(comparison))[first::processes]

@@ -82,7 +82,7 @@ def build(config: CausalLMConfig | VisionConfig, seed: int, device: str) -> Any:
     """
     import torch
 
-    check_device(device)
+    checks.device(device)
     torch.manual_seed(seed)
     model = _fresh(config)
     torch.nn.Module.to(model, device)
@@ -94,12 +94,3 @@ def _fresh(config: CausalLMConfig | VisionConfig) -> CausalLM | VisionModel:
     from subquad.models.vision import VisionConfig, VisionModel
 
     return VisionModel(config) if isinstance(config, VisionConfig) else CausalLM(config)
-
-
-def check_device(device: str) -> None:
-    """Refuse what is neither the CPU nor a GPU that is there."""
-    import torch
-
-    checks.one_of("device", device, ("cpu", "cuda"))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device must be 'cpu' here, got 'cuda' and no GPU is to be seen")

@@ -75,6 +75,7 @@ class Study:
         for task in self.tasks:
             checks.one_of("task", task, TASKS)
         checks.one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        checks.device(self.device)
         for T in self.lengths:
             checks.positive("lengths", T)
         if self.policies is not None and not self.policies:
@@ -142,12 +143,18 @@ class Host:
     def __init__(self, chosen: Study) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from subquad.models.checkpoint import known
+
+        known(chosen.model)
         self.study = chosen
         self.tokenizer = AutoTokenizer.from_pretrained(chosen.model)
         dtype = getattr(torch, chosen.dtype)
         self.model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=dtype).eval()
         self.model.to(chosen.device)
         self._made: dict[Any, tuple[Any, list[Any]]] = {}
+        for entry in chosen.policies or ():
+            with self.applied(entry):  # what does not fit is refused before any measurement
+                pass
 
     def applied(self, entry: str) -> AbstractContextManager[Applied | None]:
         """The model with the policy of an entry on it."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 from subquad.bench import policies
+from subquad.models.checkpoint import known
 from subquad.ops import checks
 from subquad.policies.hook import apply, attention_modules
 
@@ -39,6 +40,8 @@ class Writer:
 
     def __init__(self, model: str, policy: str | None, *, device: str, dtype: torch.dtype) -> None:
         self.policy = None if policy is None else policies.policy(policy)
+        checks.device(device)
+        known(model)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         self.model.to(device)

@@ -38,6 +38,7 @@ def list_(
     from rich.table import Table
 
     table = Table("key", "name", "family", "kind", "arXiv", "shown", box=None, pad_edge=False)
+    table.columns[0].min_width = max(len(card.key) for card in cards)  # whole, to be copied
     for card in cards:
         shown = " ".join(card.evidence)
         table.add_row(

@@ -54,7 +54,7 @@ def convert(
     layers: str | int = int(keep) if keep.strip().isdigit() else keep.strip().rstrip(",")
     screen = console()
     try:
-        with progress(screen) as display:
+        with progress(screen, "the same command with --resume") as display:
             made = run(
                 model, chosen, text, out=out, keep=layers, layers=layer or None, at_once=at_once,
                 resume=resume, overwrite=overwrite, device=device, dtype=dtype, progress=display,

@@ -50,6 +50,7 @@ def train(
     from subquad import train as training
     from subquad.bench import spec
     from subquad.models.diffusion import DiT
+    from subquad.ops import checks
     from subquad.recipes.swap import swap
     from subquad.tasks.flow import Flow
 
@@ -58,6 +59,7 @@ def train(
         "dim": dim, "depth": depth, "heads": heads,
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
+    checks.device(device)
     torch.manual_seed(seed)
     if start is not None:
         if given:
@@ -109,6 +111,7 @@ def sample(
     from subquad.ops import checks
 
     checks.positive("count", count)
+    checks.device(device)
     if not (model / "config.json").is_file():
         raise ValueError(f"model must be a folder that train has written, got {str(model)!r}")
     made = diffusion.DiT.from_pretrained(model).to(device)

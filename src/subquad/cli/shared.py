@@ -58,8 +58,12 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 @contextmanager
-def progress(screen: Console) -> Iterator[Display]:
-    """Progress of training; stopping it, or a loss that diverges, is no traceback."""
+def progress(screen: Console, again: str = "the same command") -> Iterator[Display]:
+    """Progress of training; stopping it, or a loss that diverges, is no traceback.
+
+    Args:
+        again: what goes on with a stopped run.
+    """
     from subquad.bench.progress import Display
     from subquad.train import NonFiniteLoss
 
@@ -67,7 +71,7 @@ def progress(screen: Console) -> Iterator[Display]:
         with Display(screen) as display:
             yield display
     except KeyboardInterrupt:
-        screen.print("stopped; the same command goes on from here")
+        screen.print(f"stopped; {again} goes on from here")
         raise typer.Exit(130) from None
     except NonFiniteLoss as error:
         raise ValueError(str(error)) from None

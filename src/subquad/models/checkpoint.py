@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -65,6 +66,22 @@ class Checkpoints(PreTrainedModel):
             refuse_differences(str(name), info)
         restore_constants(model)
         return (model, info) if output_loading_info else model
+
+
+def known(name: str | os.PathLike[str]) -> None:
+    """Refuse a folder that holds no model before transformers looks for its name elsewhere.
+
+    Raises:
+        ValueError: for what is no folder with a config.json and looks like a path.
+    """
+    path = Path(name)
+    if (path / "config.json").is_file():
+        return
+    named = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+    if path.exists() or not named or (path.parent != Path() and path.parent.exists()):
+        raise ValueError(
+            f"model must be a folder with a config.json or a name, got {os.fspath(name)!r}"
+        )
 
 
 @torch.no_grad()

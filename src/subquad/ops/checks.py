@@ -39,6 +39,13 @@ def divides(name: str, value: int, whole: str, of: int) -> None:
         raise ValueError(f"{name} must divide {whole}={of}, got {value}")
 
 
+def device(value: str) -> None:
+    """Refuse what is neither the CPU nor a GPU that is there."""
+    one_of("device", value.partition(":")[0], ("cpu", "cuda"))
+    if value.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device must be 'cpu' here, got {value!r} and no GPU is to be seen")
+
+
 def shape(name: str, t: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(t.shape) != expected:
         raise ValueError(f"{name} must have shape {list(expected)}, got {list(t.shape)}")
@@ -109,6 +116,8 @@ def decay(t: Tensor, *, B: int, T: int, K: int) -> None:
 def cu_seqlens(cu: Tensor | None, *, B: int, T: int) -> None:
     if cu is None:
         return
+    if not isinstance(cu, Tensor):
+        raise ValueError(f"cu_seqlens must be int32 [N+1], got {type(cu).__name__}")
     if B != 1:
         raise ValueError(f"packed sequences need a batch of 1, got B={B}")
     if cu.dim() != 1 or cu.numel() < 2 or cu.dtype not in (torch.int32, torch.int64):

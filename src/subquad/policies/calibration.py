@@ -85,7 +85,10 @@ def load_calibration(
     """
     found = folder(policy, model) if path is None else Path(path)
     if not (found / _DATA).is_file():
-        raise ValueError(f"no calibration of {policy} for {_name(model)} in {found}: calibrate it")
+        raise ValueError(
+            f"no calibration of {policy} for {_name(model)} in {found}: "
+            f"create_policy({policy!r}).calibrate(model, texts) makes one"
+        )
     try:
         data = json.loads((found / _DATA).read_text())
         tensors = load_file(found / Path(data["tensors"]).name)

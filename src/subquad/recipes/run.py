@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from subquad.models import CausalLM
+from subquad.models.checkpoint import known
 from subquad.ops import checks
 from subquad.recipes import choose, create_recipe
 from subquad.recipes.base import Recipe
@@ -69,6 +69,8 @@ def convert(
     """
     recipe = create_recipe(recipe) if isinstance(recipe, str) else recipe
     checks.one_of("dtype", dtype, ("float32", "bfloat16"))
+    if device is not None:
+        checks.device(device)
     for name, count in (("at_once", at_once), ("save_every", save_every)):
         if count is not None:
             checks.positive(name, count)
@@ -101,9 +103,7 @@ def _load(source: str | os.PathLike[str], tokenizer: Any) -> tuple[Any, Any]:
     """The tokenizer and the model of a folder; a model that cannot be converted is not loaded."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    local = not isinstance(source, str) or os.sep in source
-    if local and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"model must be a folder with a config.json, got {str(source)!r}")
+    known(source)
     if tokenizer is None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
