@@ -126,6 +126,16 @@ class TestWatch:
         for layer, rows in watch.rows.items():
             torch.testing.assert_close(rows, maps[layer][:, :, -1], atol=1e-5, rtol=1e-4)
 
+    def test_a_windows_rows_are_placed_in_the_whole_text(self):
+        """Its cache holds the last tokens alone: a needle before them is never looked at."""
+        model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=6)).eval()
+        ids, tokenizer = self.ids[0], SimpleNamespace(eos_token_id=None, decode=lambda said: "")
+        with Watch(model, rows=True) as watch:
+            _, looked = rh._answer(model, tokenizer, ids, rh._read(model, ids), 4, watch)
+        for step, places in enumerate(looked):
+            assert len(ids) + step - 6 <= places.min()
+            assert places.max() < len(ids) + step
+
     def test_padding_draws_nothing(self):
         model, padding = llama(), torch.ones(2, 20, dtype=torch.int64)
         padding[1, :5] = 0
@@ -231,6 +241,15 @@ class TestSinks:
             torch.testing.assert_close(
                 ss.streamed_sink_score(q, k, 0.3, block), ss.sink_score(maps)
             )
+        near = scores.masked_fill(~torch.ones(33, 33).tril().triu(-4).bool(), -torch.inf)
+        want = near.softmax(-1).sum(-2).mean(0) / torch.arange(33, 0, -1).clamp_max(5)
+        torch.testing.assert_close(ss.streamed_sink_score(q, k, 0.3, 7, window=5), want)
+
+    def test_layers_keep_their_own_scale_and_window(self):
+        sizes = {**SIZES, "sliding_window": 6}
+        seen = ss.capture(MistralForCausalLM(MistralConfig(**sizes)).eval(), torch.arange(20))
+        assert set(seen.windows) == {6}
+        assert seen.scales == [pytest.approx(seen.qkv[0][0].shape[-1] ** -0.5)] * len(seen.qkv)
 
     def test_wrong_input(self):
         with pytest.raises(ValueError, match="hidden"):

@@ -149,14 +149,18 @@ def _answer(
     model: Any, tokenizer: Any, ids: Tensor, cache: Any, new: int, watch: Watch
 ) -> tuple[list[int], list[Tensor]]:
     """Greedy tokens up to the end of a line, and where each head looked in each step."""
-    token, said, looked = int(ids[-1]), [], []
+    token = int(ids[-1])
+    said: list[int] = []
+    looked: list[Tensor] = []
     for _ in range(new):
         given = torch.tensor([[token]], device=model.device)
         step = model(given, past_key_values=cache, use_cache=True)
         token = int(step.logits[0, -1].argmax())
-        said.append(token)
         if watch.keeps_rows:
-            looked.append(torch.stack([watch.rows[i][0].argmax(-1) for i in sorted(watch.rows)]))
+            rows, seen = [watch.rows[i][0] for i in sorted(watch.rows)], len(ids) + len(said)
+            # A layer with a window holds the last tokens alone.
+            looked.append(torch.stack([a.argmax(-1) + seen - a.shape[-1] for a in rows]))
+        said.append(token)
         if token == tokenizer.eos_token_id or "\n" in tokenizer.decode([token]):
             break
     return said, looked

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from subquad.ops import checks
 from subquad.ops.layout import repeat_heads
-from subquad.policies.hook import decoder_of
+from subquad.policies.hook import attention_modules, decoder_of, site_of
 
 ALIGNED, MADE = 0.9, 0.98  # |cos| of a sink's residual; cos of the MLP output that makes one
 MIN_LIFE, MAX_GAP = 5, 15
@@ -130,18 +130,23 @@ def sink_score(weights: Tensor) -> Tensor:
     return weights.sum(-2).mean(0) / torch.arange(T, 0, -1, device=weights.device)
 
 
-def streamed_sink_score(q: Tensor, k: Tensor, scale: float, block: int = 512) -> Tensor:
+def streamed_sink_score(
+    q: Tensor, k: Tensor, scale: float, block: int = 512, window: int | None = None
+) -> Tensor:
     """:func:`sink_score` of causal softmax attention, ``q [T,H,K]`` over ``k [T,G,K]``, a block of
-    queries at a time, without a T x T map."""
+    queries at a time, without a T x T map; with a window over the last tokens alone."""
     T, H = q.shape[:2]
     keys = repeat_heads(k[None], H)[0]
     total = q.new_zeros(T)
     for i in range(0, T, block):
         part = q[i : i + block]
         scores = torch.einsum("ihk,jhk->hij", part, keys[: i + len(part)]) * scale
-        scores = scores + torch.full_like(scores[0], -torch.inf).triu(i + 1)
+        ahead = torch.arange(len(keys[: i + len(part)]), device=q.device)
+        behind = torch.arange(i, i + len(part), device=q.device)[:, None] - ahead
+        hidden = (behind < 0) | (behind >= (window or T))
+        scores = scores.masked_fill(hidden, -torch.inf)
         total[: i + len(part)] += scores.softmax(-1).sum((0, 1)) / H
-    return total / torch.arange(T, 0, -1, device=q.device)
+    return total / torch.arange(T, 0, -1, device=q.device).clamp_max(window or T)
 
 
 def layers_of(model: Any) -> list[nn.Module]:
@@ -158,11 +163,14 @@ def layers_of(model: Any) -> list[nn.Module]:
 @dataclass
 class Captured:
     """Of one sequence, by layer: ``hidden [L,T,C]``; the MLP's intermediates ``[T,*]`` under the
-    names of ``MLP``; q ``[T,H,K]`` and k, v ``[T,G,*]`` as they enter attention."""
+    names of ``MLP``; q ``[T,H,K]`` and k, v ``[T,G,*]`` as they enter attention, the scale of its
+    scores and its window."""
 
     hidden: Tensor
     mlp: list[dict[str, Tensor]]
     qkv: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    windows: list[int | None] = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -194,7 +202,10 @@ def capture(model: Any, ids: Tensor) -> Captured:
     for layer, store in zip(layers, mlps, strict=True):
         store["act"] = layer.mlp.act_fn(store["gate"])  # type: ignore[union-attr, operator]
         store["product"] = store["act"] * store["up"]
-    return Captured(torch.stack(hidden).float(), mlps, qkv)
+    modules = attention_modules(model)
+    scales = [float(getattr(m, "scaling", q.shape[-1] ** -0.5)) for m, (q, *_) in zip(modules, qkv)]
+    windows = [site_of(m, len(modules)).window for m in modules]
+    return Captured(torch.stack(hidden).float(), mlps, qkv, scales, windows)
 
 
 @contextmanager
@@ -314,7 +325,9 @@ def _row(tokenizer: Any, ids: Tensor, seen: Captured, found: SinkMap, sink: Sink
     """What stands about one sink in the table."""
     layer = sink.first
     q, k, v = seen.qkv[layer]
-    drawn = streamed_sink_score(q.float(), k.float(), q.shape[-1] ** -0.5)
+    drawn = streamed_sink_score(
+        q.float(), k.float(), seen.scales[layer], window=seen.windows[layer]
+    )
     cos = mlp_similarity(seen.mlp[layer], found.primary)
     down = seen.mlp[layer]["down"].norm(dim=-1)
     others = torch.ones(len(ids), dtype=torch.bool, device=drawn.device)
