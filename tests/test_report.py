@@ -81,6 +81,8 @@ def test_crossing_is_where_the_curves_meet():
     assert figures.crossing(x, line, [v / 2 for v in line]) is None
     # A touch on the way does not count, only where it stays below.
     assert figures.crossing([1, 2, 4, 8], [1, 1, 1, 1], [2, 0.5, 2, 0.5]) == pytest.approx(2**2.5)
+    # Equal at a length: not a rounding below it, where the report would look for its neighbour.
+    assert figures.crossing([1000, 2000], [3.0, 3.0], [3.0, 1.0]) == 1000
 
 
 def test_ring_stands_on_both_curves(results):

@@ -43,7 +43,7 @@ def crossing(x: Sequence[float], a: Sequence[float], b: Sequence[float]) -> floa
     if last is None:
         return None
     share = gap[last] / (gap[last] - gap[last + 1])
-    return math.exp(math.log(x[last]) + share * (math.log(x[last + 1]) - math.log(x[last])))
+    return x[last] * (x[last + 1] / x[last]) ** share  # exactly x[last] where they are equal there
 
 
 def quality(results: Results, task: str) -> go.Figure:
