@@ -105,11 +105,11 @@ def test_equal_parameters():
 
 def test_heads_go_to_every_mixer_that_has_them():
     config = match.matched(
-        [("a", "base_conv softmax gla[heads=4]")],
-        vocab_size=16, dim=16, depth=3, mlp_dim=8, heads=1,
+        [("a", "base_conv softmax gla[heads=4] cca")],
+        vocab_size=16, dim=16, depth=4, mlp_dim=8, heads=1,
     )["a"]  # fmt: skip
     options = [config.mixer(alias)[1].get("heads") for alias in config.pattern]
-    assert options == [None, 1, 4]
+    assert options == [None, 1, 4, 1]
 
 
 def test_labels_stand_before_an_equals_sign_outside_brackets():

@@ -84,6 +84,15 @@ def test_heads():
     assert wide(x).logits.shape == (2, 20)
 
 
+@pytest.mark.parametrize("key", ["hedgehog", "parallax", "cca"])
+def test_a_mixer_of_softmax_has_the_stages_heads_and_no_rotation(key):
+    """Though its own constructor hands them on, and names neither."""
+    model = subquad.create_vision_model("softmax_tiny", mixer=key, image_size=64)
+    mixer = next(m for m in model.modules() if isinstance(m, subquad.Mixer))
+    assert (mixer.heads, mixer.rope_theta) == (3, None)
+    assert mixer.causal == (key == "cca")
+
+
 def test_learned_positions_follow_the_image():
     model = create_vision_model("micro", position="learned", image_size=16).eval()
     assert model(torch.randn(1, 1, 24, 8)).logits.shape == (1, 10)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from subquad import catalogue
 from subquad.bench import spec
+from subquad.mixers.base import options_of
 from subquad.ops import checks
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def _with_heads(config: Any, heads: int | None) -> Any:
         return config
     for alias in set(config.pattern):
         key, options = config.mixer(alias)
-        if "heads" in inspect.signature(catalogue.system(key).load()).parameters:
+        if "heads" in options_of(key):
             config.mixers[alias] = {"mixer": key, "heads": heads, **options}
     return config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -86,12 +87,14 @@ class Mixer(nn.Module):
         past: names of the state's tensors that hold one entry per token (see ``State.past``).
         FOREIGN: other libraries' parameter names, where they differ, to ours (see ``translate``).
         ADDED: parameters that add nothing at first, so that a model without them may be taken over.
+        WITHOUT: options of the class that it is made of, and hands on, which it does not take.
     """
 
     causal: bool = True
     past: tuple[str, ...] = ()
     FOREIGN: ClassVar[Mapping[str, str]] = {}
     ADDED: ClassVar[tuple[str, ...]] = ()
+    WITHOUT: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, dim: int) -> None:
         super().__init__()
@@ -210,3 +213,17 @@ def create_mixer(name: str, **options: Any) -> Mixer:
         return cls(**options)
     except TypeError as error:
         raise ValueError(f"options of mixer {name!r}: {error}") from None
+
+
+def options_of(name: str) -> set[str]:
+    """The options that a mixer's constructor knows, those among them that it hands on to the class
+    it is made of."""
+    cls, names = catalogue.system(name).load(), set()
+    for above in cls.__mro__:
+        if "__init__" not in vars(above):
+            continue
+        own = inspect.signature(above).parameters.values()
+        names |= {p.name for p in own if p.kind is p.KEYWORD_ONLY}
+        if all(p.kind is not p.VAR_KEYWORD for p in own):
+            break
+    return names - set(cls.WITHOUT)

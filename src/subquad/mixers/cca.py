@@ -45,7 +45,7 @@ class CCA(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    both_ways = False
+    WITHOUT = ("causal",)
     past = ()
 
     def __init__(

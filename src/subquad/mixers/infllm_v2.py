@@ -54,7 +54,7 @@ class InfLLMv2(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    both_ways = False
+    WITHOUT = ("causal",)
     past = ()
 
     def __init__(

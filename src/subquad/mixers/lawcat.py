@@ -51,7 +51,7 @@ class LAWCAT(Softmax):
             serves the window.
     """
 
-    both_ways = False
+    WITHOUT = ("causal",)
 
     def __init__(
         self,

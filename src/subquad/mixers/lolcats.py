@@ -50,7 +50,7 @@ class LoLCATs(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    both_ways = False
+    WITHOUT = ("causal",)
 
     def __init__(
         self,

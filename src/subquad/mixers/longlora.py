@@ -41,7 +41,7 @@ class LongLoRA(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    both_ways = False
+    WITHOUT = ("causal",)
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ class LSAttention(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    both_ways = False
+    WITHOUT = ("causal",)
     past = ()
 
     def __init__(

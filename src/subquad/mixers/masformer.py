@@ -57,7 +57,7 @@ class MASFormer(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    both_ways = False
+    WITHOUT = ("causal",)
 
     def __init__(
         self,

@@ -31,8 +31,10 @@ class Probed(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``sinks`` and ``out_bias``.
     """
 
+    WITHOUT = ("sinks", "out_bias")
+
     def __init__(self, *, dim: int, heads: int = 8, causal: bool = True, **options: Any) -> None:
-        for name in {"sinks", "out_bias"} & set(options):
+        for name in set(self.WITHOUT) & set(options):
             if options.pop(name):
                 raise ValueError(f"{name} is not an option of {type(self).__name__.lower()}")
         super().__init__(dim=dim, heads=heads, **options)

@@ -37,7 +37,7 @@ class SALA(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    both_ways = False
+    WITHOUT = ("causal",)
 
     def __init__(
         self,

@@ -10,7 +10,6 @@ Legend: B batch, T tokens, C dim, H query heads, G key/value heads, K head dim.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,6 @@ class Softmax(Mixer):
     """
 
     past: tuple[str, ...] = ("k", "v", "pad")
-    both_ways: ClassVar[bool] = True  # whether a token may see those after it
 
     def __init__(
         self,
@@ -87,7 +85,7 @@ class Softmax(Mixer):
             self.past = ()  # what left the window cannot come back
         elif sinks:
             raise ValueError(f"sinks need a window beside them, got sinks={sinks}, window=None")
-        if not causal and not self.both_ways:
+        if not causal and "causal" in self.WITHOUT:
             raise ValueError(f"causal must be True for {type(self).__name__}, got {causal}")
         if not causal and window is not None:
             raise ValueError(f"window must be None where causal is False, got {window}")

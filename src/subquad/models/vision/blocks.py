@@ -5,7 +5,6 @@ Legend: B batch, T tokens of a grid (height, width), row-major, C dim.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from subquad import catalogue
-from subquad.mixers.base import Mixer, create_mixer
+from subquad.mixers.base import Mixer, create_mixer, options_of
 from subquad.mixers.parts.grid import to_image, to_tokens
 from subquad.models.vision.config import VisionConfig
 
@@ -132,7 +130,7 @@ def image_mixer(
 ) -> Mixer:
     """A mixer for tokens of an image: ``heads`` and ``more`` for those that know them, beneath
     its own options."""
-    known = inspect.signature(catalogue.system(key).load()).parameters
+    known = options_of(key)
     ours: dict[str, Any] = {"heads": heads, **more}
     given = {name: value for name, value in ours.items() if name in known} | dict(options)
     return create_mixer(key, dim=dim, **given)
