@@ -7,6 +7,7 @@ import kit
 import subquad
 from rows import ROWS
 from subquad import catalogue
+from subquad.mixers.base import options_of
 from subquad.mixers.softmax import Softmax
 
 # Where every token sees those after it, a part alone is not the part of the whole.
@@ -57,3 +58,18 @@ def test_what_is_no_tensor_or_state_is_named():
             mixer(x, **wrong)
     with pytest.raises(ValueError, match="x must be floating point"):
         mixer(x.long())
+
+
+def test_what_a_mixer_can_be_told():
+    """Its own options, then those of the class it hands them on to, but for what it refuses."""
+    found = options_of("cca")
+    assert list(found)[:4] == ["dim", "group", "local", "core_rope"]
+    assert found["heads"] == 8
+    assert not found.keys() & {"window", "sinks", "causal", "options"}
+    for key in (card.key for card in catalogue.systems(kind="mixer")):
+        for name in catalogue.system(key).load().WITHOUT:
+            with pytest.raises(ValueError, match=name):
+                subquad.create_mixer(key, dim=16, heads=2, **{name: WRONG[name]})
+
+
+WRONG = {"causal": False, "window": 3, "sinks": 1, "scale": 0.5, "out_bias": True}

@@ -72,7 +72,8 @@ class Display:
     def _close(self) -> None:
         if self._name:
             took = units.seconds(time.perf_counter() - self._began)
-            self._progress.console.print(f"{escape(self._name)}: {took}, {self._note}")
+            said = ", ".join(filter(None, (took, self._note)))
+            self._progress.console.print(f"{escape(self._name)}: {said}")
         self._name = ""
 
 

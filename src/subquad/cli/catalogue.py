@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +33,7 @@ def list_(
             checks.one_of(name, asked, sorted({getattr(c, name) for c in catalogue.systems()}))
     cards = catalogue.systems(kind=kind, family=family)
     if as_json:
-        print(json.dumps([asdict(card) for card in cards], indent=2))
+        print(json.dumps([dataclasses.asdict(card) for card in cards], indent=2))
         return
     from rich.table import Table
 
@@ -72,6 +72,8 @@ def show(
     facts.add_row("kind", card.kind + (", causal" if card.causal else ", not causal"))
     facts.add_row("home", card.home)
     facts.add_row("shown", ", ".join(card.evidence))
+    if options := _options(card):
+        facts.add_row("options", escape(", ".join(f"{k}={v}" for k, v in options.items())))
     screen.print(f"[bold]{card.name}[/bold] ({card.key})")
     screen.print(facts)
     if costs is not None:
@@ -80,6 +82,18 @@ def show(
     if page is not None:
         screen.print()
         screen.print(Markdown(page.read_text()))
+
+
+def _options(card: System) -> dict[str, Any]:
+    """What a mixer or a policy can be told, and what it takes where it is not."""
+    if card.kind == "policy":
+        return {f.name: f.default for f in dataclasses.fields(card.load()) if f.init}
+    if card.kind != "mixer":
+        return {}
+    from subquad.mixers.base import options_of
+
+    place = ("dim", "layer", "layers", "bounds")  # which a model says
+    return {k: v for k, v in options_of(card.key).items() if k not in place}
 
 
 def _costs(card: System, option: str, dim: int | None) -> Any:

@@ -82,7 +82,8 @@ def train(
     )
     screen = console()
     with progress(screen) as display:
-        display.start(f"{' '.join(dict.fromkeys(model.config.pattern))} on images", steps)
+        keys = dict.fromkeys(model.config.mixer(alias)[0] for alias in model.config.pattern)
+        display.start(f"{' '.join(keys)} on images", steps)
         found = training.train(model.to(device), task, config, out=out, progress=display)
     training.export(model, out / "model")
     screen.print(f"held-out loss {found.evals[-1]['loss']:.4f}, saved in {out / 'model'}")

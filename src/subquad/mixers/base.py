@@ -215,15 +215,18 @@ def create_mixer(name: str, **options: Any) -> Mixer:
         raise ValueError(f"options of mixer {name!r}: {error}") from None
 
 
-def options_of(name: str) -> set[str]:
-    """The options that a mixer's constructor knows, those among them that it hands on to the class
-    it is made of."""
-    cls, names = catalogue.system(name).load(), set()
+def options_of(name: str) -> dict[str, Any]:
+    """The options that a mixer's constructor knows and their defaults, those among them that it
+    hands on to the class it is made of."""
+    cls: type[Mixer] = catalogue.system(name).load()
+    found: dict[str, Any] = {}
     for above in cls.__mro__:
         if "__init__" not in vars(above):
             continue
         own = inspect.signature(above).parameters.values()
-        names |= {p.name for p in own if p.kind is p.KEYWORD_ONLY}
+        for p in own:
+            if p.kind is p.KEYWORD_ONLY:
+                found.setdefault(p.name, p.default)
         if all(p.kind is not p.VAR_KEYWORD for p in own):
             break
-    return names - set(cls.WITHOUT)
+    return {name: value for name, value in found.items() if name not in cls.WITHOUT}

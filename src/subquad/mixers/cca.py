@@ -45,7 +45,7 @@ class CCA(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    WITHOUT = ("causal",)
+    WITHOUT = ("causal", "window", "sinks")
     past = ()
 
     def __init__(

@@ -40,6 +40,8 @@ class Hedgehog(Softmax):
             and ``scale``.
     """
 
+    WITHOUT = ("window", "sinks", "scale")
+
     def __init__(
         self,
         *,
@@ -52,7 +54,7 @@ class Hedgehog(Softmax):
         eps: float = 1e-12,
         **options: Any,
     ) -> None:
-        if options.keys() & {"window", "sinks", "scale"}:
+        if options.keys() & set(self.WITHOUT):
             raise ValueError(
                 f"window and sinks give way to the state, scale to the maps, got {sorted(options)}"
             )

@@ -51,7 +51,7 @@ class LAWCAT(Softmax):
             serves the window.
     """
 
-    WITHOUT = ("causal",)
+    WITHOUT = ("causal", "sinks")
 
     def __init__(
         self,

@@ -50,7 +50,7 @@ class LoLCATs(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    WITHOUT = ("causal",)
+    WITHOUT = ("causal", "sinks")
 
     def __init__(
         self,

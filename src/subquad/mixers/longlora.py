@@ -41,7 +41,7 @@ class LongLoRA(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    WITHOUT = ("causal",)
+    WITHOUT = ("causal", "window", "sinks")
 
     def __init__(
         self,

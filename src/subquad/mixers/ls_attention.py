@@ -36,7 +36,7 @@ class LSAttention(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    WITHOUT = ("causal",)
+    WITHOUT = ("causal", "window", "sinks")
     past = ()
 
     def __init__(

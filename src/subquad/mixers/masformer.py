@@ -57,7 +57,7 @@ class MASFormer(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    WITHOUT = ("causal",)
+    WITHOUT = ("causal", "window", "sinks")
 
     def __init__(
         self,

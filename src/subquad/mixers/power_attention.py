@@ -38,7 +38,7 @@ class PowerAttention(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    WITHOUT = ("causal",)
+    WITHOUT = ("causal", "sinks")
 
     def __init__(self, *, dim: int, block: int = 256, window: int = 5, **options: Any) -> None:
         super().__init__(dim=dim, **options)

@@ -50,7 +50,7 @@ class STILL(Softmax):
         **options: of :class:`~subquad.mixers.softmax.Softmax`, but for ``window`` and ``sinks``.
     """
 
-    WITHOUT = ("causal",)
+    WITHOUT = ("causal", "window", "sinks")
 
     def __init__(
         self,
