@@ -337,7 +337,7 @@ class TestNeedle:
 def test_wrong_options():
     with pytest.raises(ValueError, match="what"):
         subquad.analyse(None, None, "heads")
-    with pytest.raises(ValueError, match="options"):
-        subquad.analyse(None, None, "retrieval_heads", size=3)
+    with pytest.raises(ValueError, match=r"options.*did you mean 'samples'"):
+        subquad.analyse(None, None, "retrieval_heads", sample=3)
     with pytest.raises(ValueError, match="length"):
         subquad.analyse(None, None, "retrieval_heads", length=0)

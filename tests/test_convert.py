@@ -332,6 +332,8 @@ class TestRefused:
             convert(tmp_path / "out", small("lolcats"), keep="0,1,2")
         with pytest.raises(ValueError, match="recipe must be one of"):
             convert(tmp_path / "out", "lolcat")
+        with pytest.raises(ValueError, match=r"changes of recipe.*did you mean 'steps'"):
+            create_recipe("lolcats", step=4)
         with pytest.raises(ValueError, match="target must be one of"):
             Transfer(target="logits")
         assert not (tmp_path / "out").exists()

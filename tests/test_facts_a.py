@@ -559,6 +559,8 @@ def test_one_mla_layer_in_four_keeps_a_quarter_of_the_cache():
         ("based", {"feature_dim": 0}, "head_dim must be a positive int, got 0"),
         ("base_conv", {"expand": 0}, "expand must be a positive int, got 0"),
         ("softmax", {"head": 2}, "options of mixer 'softmax'"),
+        ("cca", {"goup": 4}, "did you mean 'group'"),
+        ("cca", {"kv_head": 1}, "did you mean 'kv_heads'"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from subquad import catalogue
@@ -22,8 +23,8 @@ def analyse(model: Any, tokenizer: Any, what: str, **options: Any) -> Any:
     """
     cards = {card.key: card for card in catalogue.systems(kind="analysis")}
     checks.one_of("what", what, cards)
-    try:
-        analysis = cards[what].load()(**options)
-    except TypeError as error:
-        raise ValueError(f"options of {what!r}: {error}") from None
-    return analysis.run(model, tokenizer)
+    made = cards[what].load()
+    for option in options:
+        known = [field.name for field in dataclasses.fields(made)]
+        checks.one_of(f"options of {what!r}", option, known)
+    return made(**options).run(model, tokenizer)

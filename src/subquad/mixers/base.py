@@ -204,11 +204,14 @@ def create_mixer(name: str, **options: Any) -> Mixer:
     """Build a mixer by its key in the catalogue, e.g. ``create_mixer("gla", dim=256, heads=4)``.
 
     Raises:
-        ValueError: for an unknown name (with the nearest ones) or unknown options.
+        ValueError: for an unknown name or option (with the nearest ones) or a value out of range.
     """
     cards = {card.key: card for card in catalogue.systems(kind="mixer")}
     checks.one_of("mixer", name, cards)
     cls = cards[name].load()
+    known = [*options_of(name), *cls.WITHOUT]  # which are refused with a reason
+    for option in options:
+        checks.one_of(f"options of mixer {name!r}", option, known)
     try:
         return cls(**options)
     except TypeError as error:

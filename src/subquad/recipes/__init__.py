@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +49,9 @@ def create_recipe(
     stages = {k: changes.pop(k) for k in EVERY if k in changes}
     if "options" in changes:
         changes["options"] = {**recipe.options, **changes["options"]}
-    try:
-        recipe = replace(recipe, **changes)
-    except TypeError as error:
-        raise ValueError(f"changes of recipe {name!r}: {error}") from None
+    for change in changes:
+        known = [*EVERY, *(field.name for field in fields(recipe))]
+        checks.one_of(f"changes of recipe {name!r}", change, known)
+    recipe = replace(recipe, **changes)
     recipe = recipe.with_stages(**stages).with_stages("transfer", **transfer or {})
     return recipe.with_stages("tune", **tune or {})
