@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from policy_kit import tiny
@@ -152,6 +152,22 @@ def test_commands(host, tmp_path):
     assert alone.exit_code == with_policy.exit_code == 0, with_policy.output
     # 206 bytes are less than the 64 blocks of 16, so nothing is left out.
     assert alone.stdout.splitlines()[0] == with_policy.stdout.splitlines()[0] != ""
+
+
+def test_a_model_of_mixers_writes_too(host, tmp_path):
+    """A converted model, say: no policy reaches it, and none is asked for."""
+    import subquad
+
+    AutoTokenizer.from_pretrained(host).save_pretrained(tmp_path)
+    subquad.create_model("gla softmax", vocab_size=256, dim=16, depth=2, mixers={
+        key: {"heads": 2} for key in ("gla", "softmax")
+    }).save_pretrained(tmp_path)  # fmt: skip
+    writer, shares = writing.Writer(str(tmp_path), None, device="cpu", dtype=torch.float32), []
+    done = writer.write(writer.tokens("a rose"), 5, reading=shares.append)
+    assert (done.tokens, shares) == (5, [0.5, 1.0])
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer missing"):
+        writing.Writer(str(tmp_path), None, device="cpu", dtype=torch.float32)
 
 
 def test_writer_streams_what_it_returns(host):

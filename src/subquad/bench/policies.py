@@ -141,13 +141,12 @@ class Host:
     """A pretrained model with its tokenizer, and what a study asks of it."""
 
     def __init__(self, chosen: Study) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
-        from subquad.models.checkpoint import known
+        from subquad.models.checkpoint import tokenizer_of
 
-        known(chosen.model)
         self.study = chosen
-        self.tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+        self.tokenizer = tokenizer_of(chosen.model)
         dtype = getattr(torch, chosen.dtype)
         self.model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=dtype).eval()
         self.model.to(chosen.device)

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+from transformers import AutoModelForCausalLM, TextStreamer
 
 from subquad.bench import policies
-from subquad.models.checkpoint import known
+from subquad.models import CausalLM
+from subquad.models.checkpoint import tokenizer_of
 from subquad.ops import checks
 from subquad.policies.hook import apply, attention_modules
 
@@ -41,8 +42,7 @@ class Writer:
     def __init__(self, model: str, policy: str | None, *, device: str, dtype: torch.dtype) -> None:
         self.policy = None if policy is None else policies.policy(policy)
         checks.device(device)
-        known(model)
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.tokenizer = tokenizer_of(model)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         self.model.to(device)
 
@@ -77,7 +77,7 @@ class Writer:
             raise ValueError(f"temperature must be at least 0, got {temperature!r}")
         streamer = _Stream(self.tokenizer, writing)
         with nullcontext() if self.policy is None else apply(self.model, self.policy) as on:
-            cache = DynamicCache(config=self.model.config) if on is None else on.new_cache()
+            cache = policies.new_cache(self.model) if on is None else on.new_cache()
             hooks = _report_layers(self.model, reading)
             try:
                 start = time.perf_counter()
@@ -124,7 +124,13 @@ def _report_layers(model: Any, reading: Callable[[float], None]) -> list[Any]:
         if x is not None and x.shape[1] > 1:
             reading(share)
 
-    modules = attention_modules(model)
+    if isinstance(model, CausalLM):
+        modules = [block.mixer for block in model.blocks]
+    else:
+        try:
+            modules = attention_modules(model)
+        except ValueError:  # a policy could not reach it, but it writes
+            return []
     return [
         module.register_forward_hook(partial(done, (i + 1) / len(modules)), with_kwargs=True)
         for i, module in enumerate(modules)

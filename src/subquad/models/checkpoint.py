@@ -84,6 +84,21 @@ def known(name: str | os.PathLike[str]) -> None:
         )
 
 
+def tokenizer_of(name: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a model's folder or name.
+
+    Raises:
+        ValueError: where there is none, or no model.
+    """
+    from transformers import AutoTokenizer
+
+    known(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"tokenizer missing: {name} holds none ({error})") from None
+
+
 @torch.no_grad()
 def restore_constants(model: Any) -> None:
     """Fill the mixers' buffers that no checkpoint holds, which loading leaves uninitialised."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from subquad.models import CausalLM
-from subquad.models.checkpoint import known
+from subquad.models.checkpoint import known, tokenizer_of
 from subquad.ops import checks
 from subquad.recipes import choose, create_recipe
 from subquad.recipes.base import Recipe
@@ -101,14 +101,10 @@ def convert(
 
 def _load(source: str | os.PathLike[str], tokenizer: Any) -> tuple[Any, Any]:
     """The tokenizer and the model of a folder; a model that cannot be converted is not loaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     known(source)
-    if tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"tokenizer missing: {source} holds none ({error})") from None
+    tokenizer = tokenizer_of(source) if tokenizer is None else tokenizer
     refuse_windows(AutoConfig.from_pretrained(source))
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     return tokenizer, model
