@@ -108,6 +108,8 @@ def test_explain_says_who_runs():
         (("explain", "attentoin", "--shape", "T=1"), "attention"),
         (("explain", "recurrence", "--shape", "T=64,H=2,K=8,Q=3"), "Q"),
         (("explain", "recurrence", "--shape", "T64"), "name=value"),
+        (("explain", "recurrence", "--shape", "T=64,H=2,K=8,decay=heads"), "'head'"),
+        (("explain", "recurrence", "--shape", "T=64,H=2,K=8", "--device", "gpu"), "cuda"),
         (("explain", "recurrence", "--shape", "T=64,H=2,K=8", "--dtype", "int8"), "float32"),
         (("explain", "attention", "--shape", "T=64,H=2,K=8", "--mask", "windw(3)"), "window"),
         (("compare", "--preset", "dem"), "demo"),

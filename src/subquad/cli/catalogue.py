@@ -155,10 +155,14 @@ def explain(
     from rich.table import Table
 
     from subquad.bench import spec
-    from subquad.ops import backend
+    from subquad.ops import backend, checks
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checks.one_of("device", device, ("cpu", "cuda"))  # one that is not there may be asked about
     asked = {**spec.options(shape), "device": device, "dtype": dtype_of(dtype)}
+    if "decay" in asked:
+        asked["decay"] = asked["decay"] or "none"  # which reads as None
+        checks.one_of("decay", asked["decay"], ("none", "head", "channel"))
     if mask is not None:
         asked["mask"] = spec.mask(mask)
     try:
