@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from policy_kit import close
 from subquad.caches.kv import KVLayer
 from subquad.ops.backend import interpreted
-from subquad.ops.select import halves, peaks, score, search
+from subquad.ops.select import search
 from subquad.policies.base import Call, Site
 from subquad.policies.hip import HiP
 
@@ -162,59 +162,54 @@ inside = pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPR
         (33, 90, HiP(budget=12, rows=8, block=2, window=10, sinks=4)),
         (50, 50, HiP(budget=8, rows=16, block=1, window=7, sinks=0)),
         (70, 70, HiP(budget=16, rows=8, block=2, window=16, sinks=4)),
+        (200, 200, HiP(budget=80, rows=16, block=4, window=7, sinks=9)),
+        (90, 90, HiP(budget=15, rows=10, block=3, window=1, sinks=70, share=True)),
+        (1, 90, HiP(budget=8, rows=1, block=2, window=7, sinks=3)),
         (35, 91, HiP(budget=16, rows=8, block=2, window=8, sinks=2, share=True)),
         (20, 30, HiP(budget=16, rows=8, block=1, window=10, sinks=0)),
         (9, 9, HiP(budget=4, rows=4, block=1, window=12, sinks=0)),
     ],
 )
 def test_attention_by_kernels(T, S, policy):
-    """Far blocks, windows and what lies between, merged = the same keys copied."""
+    """Blocks, windows and sinks where they are = the same keys copied."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, S, n, 16) for n in (4, 2, 2))
+    q, k, v = (torch.randn(2, S, n, 16) for n in (4, 2, 2))
     site = Site(5, 8, 4, 2, 16, None)
     layer = policy.layer(site)
     layer.update(k.transpose(1, 2), v.transpose(1, 2))
     places, new = torch.arange(S - T, S)[None], (x[:, -T:] for x in (q, k, v))
     call = Call(site, *new, layer, 0.25, None, places, lambda x, p: x)
-    found = policy.select(call.q, k)
-    want = policy._gathered(call, found, policy.rows, policy.window)[0]
-    torch.testing.assert_close(policy._kernels(call, found, policy.window), want)
+    found = policy.search(call.q, k)
+    rows, window = policy.rows, policy.window
+    want = policy._gathered(call, found, rows, window)
+    torch.testing.assert_close(policy._attend(call, found, rows, window), want)
 
 
 @inside
-@pytest.mark.parametrize(("size", "m"), [(2, 16), (1, 4), (4, 20)])
-def test_peaks_by_kernel(size, m, monkeypatch):
+@pytest.mark.parametrize(
+    ("T", "S", "policy"),
+    [
+        (70, 90, HiP(budget=16, rows=8, block=2, window=9)),
+        (70, 90, HiP(budget=16, rows=8, block=2, window=9, representative="center")),
+        (67, 67, HiP(budget=5, rows=10, block=1, window=4)),  # the last row is cut short
+        (61, 200, HiP(budget=28, rows=16, block=4, window=16, share=True)),
+        (41, 200, HiP(budget=21, rows=20, block=3, window=7, share=True)),
+        (41, 200, HiP(budget=21, rows=20, block=3, share=True, representative="center")),
+        (1, 300, HiP(budget=7, rows=1, block=1, window=16)),
+    ],
+    ids=str,
+)
+def test_search_by_kernels(T, S, policy, monkeypatch):
     torch.manual_seed(0)
-    q, k = torch.randn(2, 4, 3, m, 24), torch.randn(2, 50, 2, 24)
-    blocks = torch.randint(0, -(-50 // size), (2, 4, 3, 37))
-    found = peaks(q, k, blocks, size)
-    monkeypatch.setattr(score, "_kernels", lambda q: False)
-    torch.testing.assert_close(found, peaks(q, k, blocks, size), atol=1e-4, rtol=1e-4)
+    q, k = torch.randn(2, T, 6, 24), torch.randn(2, S, 2, 24)
+    found = policy.search(q, k)
+    monkeypatch.setattr(search, "_kernels", lambda *_: False)
+    assert torch.equal(found, policy.search(q, k))
 
 
 @inside
-@pytest.mark.parametrize("n", [1, 7, 300])
-def test_halves_by_kernel(n, monkeypatch):
-    """The best halves, in the order of the text, some of them without a left one."""
-    torch.manual_seed(0)
-    sizes = torch.randint(1, 5, (3, 2, n), dtype=torch.int32)
-    starts = sizes.cumsum(-1).int() - sizes
-    left, right = torch.randn(2, 3, 2, n)
-    found = halves(starts, sizes, left, right)
-    monkeypatch.setattr(search, "interpreted", lambda: False)
-    for a, b in zip(found, halves(starts, sizes, left, right), strict=True):
-        assert torch.equal(a, b)
-
-
-@inside
-@pytest.mark.parametrize("representative", ["first", "center"])
-@pytest.mark.parametrize("share", [False, True])
-def test_search_by_kernels(representative, share, monkeypatch):
-    torch.manual_seed(0)
-    q, k = torch.randn(1, 70, 4, 16), torch.randn(1, 90, 2, 16)
-    options = {"representative": representative, "share": share}
-    policy = HiP(budget=16, rows=8, block=2, window=9, sinks=3, **options)
-    found = policy.select(q, k)
-    monkeypatch.setattr(search, "interpreted", lambda: False)
-    monkeypatch.setattr(score, "_kernels", lambda q: False)
-    assert torch.equal(found, policy.select(q, k))
+def test_of_equals_the_earlier_by_kernels(monkeypatch):
+    q, k = torch.ones(1, 20, 2, 16), torch.randint(2, (1, 90, 2, 16)).float()
+    found = HiP(budget=10, rows=4, block=1, window=3).search(q, k)
+    monkeypatch.setattr(search, "_kernels", lambda *_: False)
+    assert torch.equal(found, HiP(budget=10, rows=4, block=1, window=3).search(q, k))

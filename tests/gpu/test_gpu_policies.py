@@ -58,7 +58,7 @@ def test_kernels_are_the_choice(name, options, T, dtype, monkeypatch):
     "shape", [(32, 2, 100, 16), (64, 4, 128, 16), (32, 1, 256, 16), (16, 1, 7, 0)], ids=str
 )
 def test_hip_by_kernels_is_the_choice(shape, T, S, dtype):
-    """Far blocks, windows and what lies between, merged = the same keys copied."""
+    """Blocks, windows and sinks where they are = the same keys copied."""
     rows, block, window, sinks = shape
     options = {"rows": rows, "block": block, "window": window, "sinks": sinks}
     policy = create_policy("hip", budget=128, dense_layers=0, **options)
@@ -70,25 +70,27 @@ def test_hip_by_kernels_is_the_choice(shape, T, S, dtype):
     places = torch.arange(S - T, S, device="cuda")[None]
     q = q[:, -T:]
     call = Call(site, q, k[:, -T:], v[:, -T:], layer, 0.125, None, places, lambda x, p: x)
-    found = policy.select(q, k)
-    want = policy._gathered(call, found, rows, window)[0]
+    found = policy.search(q, k)
+    want = policy._gathered(call, found, rows, window)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
     close = {"atol": tolerance, "rtol": tolerance}
-    torch.testing.assert_close(policy._kernels(call, found, window), want, **close)
+    torch.testing.assert_close(policy._attend(call, found, rows, window), want, **close)
 
 
-@pytest.mark.parametrize(("size", "m"), [(1, 16), (2, 16), (4, 192)])
-def test_peaks_by_the_kernel(size, m, monkeypatch):
-    from subquad.ops.select import peaks, score
-
-    torch.manual_seed(0)
-    q = torch.randn(2, 4, 3, m, 128, device="cuda")
-    k = torch.randn(2, 500, 2, 128, device="cuda")
-    blocks = torch.randint(0, -(-500 // size), (2, 4, 3, 300), device="cuda")
-    found = peaks(q, k, blocks, size)
-    monkeypatch.setattr(score, "_kernels", lambda q: False)
-    want = peaks(q.double(), k.double(), blocks, size).float()
-    torch.testing.assert_close(found, want, atol=2e-4, rtol=2e-4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("representative", ["first", "center"])
+@pytest.mark.parametrize(("rows", "block", "budget"), [(32, 2, 256), (64, 4, 300), (1, 1, 40)])
+def test_hip_search_by_the_kernel(rows, block, budget, representative, share, dtype):
+    """The blocks that the definition finds; products of such integers are exact anywhere."""
+    T = 1 if rows == 1 else 3000
+    generator = torch.Generator().manual_seed(rows)
+    q = torch.randint(-64, 65, (2, T, 6, 128), generator=generator)
+    k = torch.randint(-64, 65, (2, 4000, 2, 128), generator=generator)
+    options = {"rows": rows, "block": block, "budget": budget}
+    policy = create_policy("hip", representative=representative, share=share, **options)
+    found = policy.search(q.cuda().to(dtype), k.cuda().to(dtype))
+    assert torch.equal(found, policy.search(q.cuda().double(), k.cuda().double()))
 
 
 @pytest.mark.parametrize(("T", "S"), [(4096, 4096), (777, 3001), (65, 70)])
@@ -107,20 +109,6 @@ def test_diagonals_by_the_kernels(T, S):
     found = lines.blocks(columns.cuda(), distances.cuda(), T, S, 64)
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(lines.trimmed(a.long()).cpu(), b)
-
-
-@pytest.mark.parametrize("n", [1, 300, 3264])
-def test_halves_by_the_kernel(n):
-    """The best halves of segments are those that the CPU takes."""
-    from subquad.ops.select import halves
-
-    generator = torch.Generator().manual_seed(n)
-    sizes = torch.randint(1, 5, (2, 3, n), dtype=torch.int32, generator=generator)
-    starts = sizes.cumsum(-1).int() - sizes
-    left, right = torch.randn(2, 2, 3, n, generator=generator)
-    given = starts, sizes, left, right
-    for a, b in zip(halves(*(x.cuda() for x in given)), halves(*given), strict=True):
-        assert torch.equal(a.cpu(), b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -68,10 +68,6 @@ def peaks(q: Tensor, k: Tensor, blocks: Tensor, size: int) -> Tensor:
     checks.positive("size", size)
     checks.divides("heads of k", G, "heads of q", N)
     with torch.no_grad():
-        if _kernels(q) and q.shape[3] <= 256 and blocks.numel() > 0:
-            from subquad.ops.select import triton
-
-            return triton.peaks(q, k, blocks, size)
         tokens = (blocks[..., None] * size + torch.arange(size, device=k.device)).clamp_max(S - 1)
         row = torch.arange(B, device=k.device)[:, None, None, None, None]
         head = (torch.arange(N, device=k.device) * G // N)[:, None, None, None]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from subquad.ops import checks
 from subquad.ops.backend import interpreted
+from subquad.ops.select.choose import _best
 from subquad.ops.select.score import peaks
 
-COPIED = 1 << 24  # elements of keys copied at once where no kernel reads them in place
+COPIED = 1 << 24  # elements of keys copied at once
 
 
 def halving(
@@ -60,6 +61,10 @@ def halving(
     checks.divides("heads", N, "heads of q", H)
     checks.divides("heads of k", G, "heads", N)
     offset = S - T if offset is None else offset
+    if _kernels(q, rows, N, sample):
+        from subquad.ops.select.triton_search import search
+
+        return search(q, k, keep, rows, size, window, sample, center, offset, N)
     R, slot = -(-T // rows), torch.arange(keep, device=q.device)
     # How far rows see is known without asking the device; one cut short sees as far as a whole one.
     ends = offset + rows * torch.arange(1, R + 1) - window
@@ -68,8 +73,7 @@ def halving(
     short = int((blocks <= keep).sum())
     found = torch.where(slot < blocks[:short, None].to(q.device), slot, -1)
     parts = [found.int().expand(B, N, -1, -1)]
-    held = keep if q.is_cuda else keep * size * K  # kernels copy no keys
-    step = max(1, COPIED * (1 + 15 * q.is_cuda) // max(1, B * N * held))
+    step = max(1, COPIED // max(1, B * N * keep * size * K))
     with torch.no_grad():
         for r in range(short, R, step):
             own = blocks[r : r + step]
@@ -79,6 +83,15 @@ def halving(
             segments = bound[:, :-1], bound.diff(), own / keep
             parts.append(_search(asking, k, *segments, size, center))
     return torch.cat(parts, 2)
+
+
+def _kernels(q: Tensor, rows: int, N: int, sample: tuple[int, int]) -> bool:
+    """Whether a kernel searches; it holds all queries that are asked together."""
+    (_, T, H, K), wide = q.shape, q.element_size()
+    asked = H // N * len(range(sample[0] if rows > 1 else 0, rows, sample[1]))
+    fits = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and K <= 256
+    fits = fits and 0 < asked <= 256 and asked * K * wide <= 1 << 16
+    return fits and T > 0 and (q.is_cuda or interpreted())
 
 
 def halves(
@@ -95,12 +108,8 @@ def halves(
         Starts, sizes and scores of the halves, ``[...,n]`` each, rising.
     """
     n, half = starts.shape[-1], sizes // 2
-    if starts.is_cuda or interpreted():
-        from subquad.ops.select import triton
-
-        return triton.halves(starts, sizes, left, right)
     score = torch.stack([left.masked_fill(half < 1, -torch.inf), right], -1).flatten(-2)
-    best = score.topk(n, -1, sorted=False).indices.sort(-1).values
+    best = _best(score, n)[1].sort(-1).values
     both = torch.stack([starts, starts + half], -1), torch.stack([half, sizes - half], -1)
     a, g = (x.flatten(-2).gather(-1, best) for x in both)
     return a, g, score.gather(-1, best)

@@ -128,37 +128,6 @@ def window_kernel(
         tl.store(at, mass, mask=(m < T)[:, None] & (j < n))
 
 
-@triton.jit
-def peak_kernel(
-    Q, KEYS, BLOCKS, OUT, S, N, G, R, n, sqb, sqn, sqr, sqm, skb, skt, skh,
-    m: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SIZE: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The largest product of a row's m queries, BM at a time, with a key of each of BN listed
-    blocks."""
-    r = tl.program_id(0)
-    b, h = tl.program_id(1) // N, tl.program_id(1) % N
-    d = tl.arange(0, BK)
-    at = Q + b.to(tl.int64) * sqb + h.to(tl.int64) * sqn + r.to(tl.int64) * sqr
-    j = tl.program_id(2) * BN + tl.arange(0, BN)
-    row = (tl.program_id(1).to(tl.int64) * R + r) * n
-    block = tl.load(BLOCKS + row + j, mask=j < n, other=0)
-    KEYS += b.to(tl.int64) * skb + h * G // N * skh
-    best = tl.full([BN], float("-inf"), tl.float32)
-    for c in range(SIZE):
-        key = tl.minimum(block * SIZE + c, S - 1).to(tl.int64)
-        k = tl.load(KEYS + key[:, None] * skt + d[None, :], mask=(d < K)[None, :], other=0.0)
-        for first in tl.static_range(0, m, BM):
-            i = first + tl.arange(0, BM)
-            there = (i < m)[None, :]
-            q = tl.load(
-                at + i[None, :] * sqm + d[:, None], mask=there & (d < K)[:, None], other=0.0
-            )
-            s = tl.where(there, tl.dot(k, q, input_precision=PRECISION), float("-inf"))
-            best = tl.maximum(best, tl.max(s, 1))
-    tl.store(OUT + row + j, best, mask=j < n)
-
-
 @triton.jit(do_not_specialize=["P"])
 def bound_kernel(
     Q, LOW, HIGH, OUT, P, H, G, sqb, sqh, slb, slp, slg,
@@ -267,72 +236,6 @@ def outside(columns, starts, count, reach, size):
         columns.to(torch.int32).contiguous(), starts, count, reach, out, R, n, v, size,
         HALVINGS=n.bit_length(), BV=min(1024, triton.next_power_of_2(v)), num_warps=4,
     )  # fmt: skip
-    return out
-
-
-def peaks(q, k, blocks, size):
-    (B, N, R, m, K), (S, G), n = q.shape, k.shape[1:3], blocks.shape[3]
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    blocks = blocks.to(torch.int32).contiguous()
-    out = torch.empty(blocks.shape, dtype=torch.float32, device=q.device)
-    BN = 256 // q.element_size()  # what fits in shared memory
-    peak_kernel[(R, B * N, triton.cdiv(n, BN))](
-        q, k, blocks, out, S, N, G, R, n, *q.stride()[:4], *k.stride()[:3],
-        m=m, BM=min(64, max(16, triton.next_power_of_2(m))), K=K,
-        BK=max(16, triton.next_power_of_2(K)), SIZE=size, BN=BN, PRECISION=_precision(q),
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
-    return out
-
-
-@triton.jit
-def halves_kernel(A, SIZES, LEFT, RIGHT, OUT_A, OUT_SIZES, OUT_SCORE, n, BN: tl.constexpr):
-    """The n best halves of a row's n segments, in the order of the text."""
-    row = tl.program_id(0).to(tl.int64) * n
-    i = tl.arange(0, BN)
-    there = i < n
-    a = tl.load(A + row + i, mask=there, other=0)
-    size = tl.load(SIZES + row + i, mask=there, other=0)
-    left = tl.load(LEFT + row + i, mask=there, other=0.0)
-    right = tl.load(RIGHT + row + i, mask=there, other=0.0)
-    half = size // 2
-    # Integers in the order of the scores; a half that is not there comes last.
-    x, y = left.to(tl.int32, bitcast=True), right.to(tl.int32, bitcast=True)
-    x = tl.where(half > 0, x ^ ((x >> 31) & 0x7FFFFFFF), -2147483648)
-    y = tl.where(size > half, y ^ ((y >> 31) & 0x7FFFFFFF), -2147483648)
-    # The largest bound that n halves reach.
-    low = tl.full([], -2147483647, tl.int32)
-    high = tl.maximum(tl.max(x, 0), tl.max(y, 0))
-    while low < high:
-        middle = (low | high) - ((low ^ high) >> 1)
-        enough = tl.sum((x >= middle).to(tl.int32) + (y >= middle).to(tl.int32), 0) >= n
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    more = tl.sum((x > low).to(tl.int32) + (y > low).to(tl.int32), 0)
-    # Of those equal to it, the earlier ones, as many as are missing.
-    x_ties, y_ties = (x == low).to(tl.int32), (y == low).to(tl.int32)
-    before = tl.cumsum(x_ties + y_ties, 0) - x_ties - y_ties
-    keep_x = (x > low) | ((x_ties > 0) & (before < n - more))
-    keep_y = (y > low) | ((y_ties > 0) & (before + x_ties < n - more))
-    kept = keep_x.to(tl.int32) + keep_y.to(tl.int32)
-    place = row + tl.cumsum(kept, 0) - kept
-    tl.store(OUT_A + place, a, mask=keep_x)
-    tl.store(OUT_SIZES + place, half, mask=keep_x)
-    tl.store(OUT_SCORE + place, left, mask=keep_x)
-    place += keep_x.to(tl.int32)
-    tl.store(OUT_A + place, a + half, mask=keep_y)
-    tl.store(OUT_SIZES + place, size - half, mask=keep_y)
-    tl.store(OUT_SCORE + place, right, mask=keep_y)
-
-
-def halves(starts, sizes, left, right):
-    starts, sizes, left, right = (x.contiguous() for x in (starts, sizes, left, right))
-    n = starts.shape[-1]
-    out = torch.empty_like(starts), torch.empty_like(sizes), torch.empty_like(left)
-    BN = max(16, triton.next_power_of_2(n))
-    halves_kernel[(starts.numel() // n,)](
-        starts, sizes, left, right, *out, n, BN=BN, num_warps=min(16, max(1, BN // 256))
-    )
     return out
 
 
