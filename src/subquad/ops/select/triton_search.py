@@ -61,6 +61,84 @@ def _score(
 
 
 @triton.jit
+def _searched(r, offset, window, S, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """How many blocks lie before the window of row r; one cut short sees as far as a whole one."""
+    end = tl.minimum(tl.maximum(offset + (r + 1) * ROWS - window, 0), S)
+    return (end + SIZE - 1) // SIZE
+
+
+@triton.jit
+def _of_heads(k, q, C: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr):
+    """``[BT,C]``: each head's largest product with the keys, ``q [BK,C * queries]``."""
+    s = tl.dot(k, q, input_precision=PRECISION)
+    return tl.max(tl.reshape(s, [BT, C, s.shape[1] // C]), 2)
+
+
+@partial(Kernel, sizes=("T", "S", "offset", "window", "begin", "N", "G", "R", "n", "m", "level"))
+def first_kernel(
+    Q, KEYS, OUT, T, S, offset, window, begin, N, G, R, n, m, level,
+    sqb, sqt, sqh, skb, skt, skh,
+    ROWS: tl.constexpr, BEGIN: tl.constexpr, STEP: tl.constexpr, CENTER: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, SIZE: tl.constexpr, BM: tl.constexpr,
+    C: tl.constexpr, MORE: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The scores of the first halves, the same for all heads of a group, so that their keys are
+    read once: OUT ``[2,B,N,R,n]`` for R rows from ``begin`` on. A program takes C and MORE heads of
+    one row, BM queries each."""
+    r = begin + tl.num_programs(0) - 1 - tl.program_id(0)
+    share = N // G
+    b, g = tl.program_id(1) // G, tl.program_id(1) % G
+    h = tl.program_id(2) * (C + MORE)
+    blocks = _searched(r, offset, window, S, ROWS, SIZE)
+    if blocks > n:
+        span = blocks.to(tl.float64) / n
+        own = Q + b.to(tl.int64) * sqb + g * share * sqh
+        x = tl.arange(0, C * BM)
+        of = tl.minimum(h + x // BM, share - 1) * m + tl.minimum(x % BM, m - 1)
+        q = _asked(own, of, r, T, sqt, sqh, m, ROWS, BEGIN, STEP, K, BK)
+        q_more = q
+        if MORE:
+            x_more = tl.arange(0, MORE * BM)
+            of_more = tl.minimum(h + C + x_more // BM, share - 1) * m
+            of_more += tl.minimum(x_more % BM, m - 1)
+            q_more = _asked(own, of_more, r, T, sqt, sqh, m, ROWS, BEGIN, STEP, K, BK)
+        KEYS += b.to(tl.int64) * skb + g * skh
+        OUT += ((b * N + g * share + h).to(tl.int64) * R + r - begin) * n
+        away = R.to(tl.int64) * n
+        d = tl.arange(0, BK)
+        c = tl.arange(0, C)
+        best = tl.full([BT, C], float("-inf"), tl.float32)
+        if MORE:
+            c_more = C + tl.arange(0, MORE)
+            best_more = tl.full([BT, MORE], float("-inf"), tl.float32)
+        for step in range(0, tl.cdiv(n, BT) * 2 * SIZE):
+            i = step // (2 * SIZE) * BT + tl.arange(0, BT)
+            right, place = step // SIZE % 2, step % SIZE
+            a = (span * i).to(tl.int32)
+            size = (span * (i + 1)).to(tl.int32) - a
+            half = size // 2
+            if CENTER:
+                block = a + tl.where(right == 1, half + (size - half) // 2, half // 2)
+            else:
+                block = a + tl.where(right == 1, half, 0)
+            key = tl.minimum(block * SIZE + place, S - 1).to(tl.int64)
+            at = KEYS + key[:, None] * skt + d[None, :]
+            k = tl.load(at) if K == BK else tl.load(at, mask=(d < K)[None, :], other=0.0)
+            s = _of_heads(k, q, C, BT, PRECISION)
+            best = tl.where(place == 0, s, tl.maximum(best, s))
+            to = OUT + right * level + i[:, None]
+            done = (i < n)[:, None] & (place == SIZE - 1)
+            tl.store(to + c[None, :] * away, best, mask=done & (h + c < share)[None, :])
+            if MORE:
+                s_more = _of_heads(k, q_more, MORE, BT, PRECISION)
+                best_more = tl.where(place == 0, s_more, tl.maximum(best_more, s_more))
+                tl.store(
+                    to + c_more[None, :] * away, best_more,
+                    mask=done & (h + c_more < share)[None, :],
+                )  # fmt: skip
+
+
+@triton.jit
 def _ordered(score):
     """Integers in the order of the scores."""
     x = score.to(tl.int32, bitcast=True)
@@ -84,32 +162,80 @@ def _bound(x, y, low, n):
     return low
 
 
-@partial(Kernel, sizes=("T", "S", "offset", "window", "tasks", "N", "G", "R", "n", "m"))
+@triton.jit
+def _keep(left, right, low, A, SIZES, KNOWN, i, n):
+    """The n best halves, by their scores, in place of n segments; the bound that they reach, which
+    is at least ``low``."""
+    there = i < n
+    size = tl.load(SIZES + i, mask=there, other=0)
+    x = tl.where(size > 1, _ordered(left), -2147483648)
+    y = tl.where(size > 0, _ordered(right), -2147483648)
+    bound = _bound(x, y, low, n)
+    more = tl.sum((x > bound).to(tl.int32) + (y > bound).to(tl.int32), 0)
+    # Of those equal to it, the earlier ones, as many as are missing.
+    x_ties, y_ties = (x == bound).to(tl.int32), (y == bound).to(tl.int32)
+    before = tl.cumsum(x_ties + y_ties, 0) - x_ties - y_ties
+    keep_x = (x > bound) | ((x_ties > 0) & (before < n - more))
+    keep_y = (y > bound) | ((y_ties > 0) & (before + x_ties < n - more))
+    kept = keep_x.to(tl.int32) + keep_y.to(tl.int32)
+    to = tl.cumsum(kept, 0) - kept
+    tl.debug_barrier()  # what is read again need not be held meanwhile
+    a = tl.load(A + i, mask=there, other=0)
+    size = tl.load(SIZES + i, mask=there, other=0)
+    half = size // 2
+    tl.debug_barrier()
+    tl.store(A + to, a, mask=keep_x)
+    tl.store(SIZES + to, half, mask=keep_x)
+    tl.store(KNOWN + to, _score_of(x), mask=keep_x)
+    to += keep_x.to(tl.int32)
+    tl.store(A + to, a + half, mask=keep_y)
+    tl.store(SIZES + to, size - half, mask=keep_y)
+    tl.store(KNOWN + to, _score_of(y), mask=keep_y)
+    return bound
+
+
+@partial(
+    Kernel,
+    sizes=(
+        "T",
+        "S",
+        "offset",
+        "window",
+        "begin",
+        "many",
+        "tasks",
+        "N",
+        "G",
+        "R",
+        "n",
+        "m",
+        "level",
+    ),
+)
 def search_kernel(
-    Q, KEYS, OUT, PLACES, SCORES, T, S, offset, window, tasks, N, G, R, n, m,
-    sqb, sqt, sqh, skb, skt, skh,
+    Q, KEYS, FIRST, OUT, PLACES, SCORES, T, S, offset, window, begin, many, tasks, N, G, R, n, m,
+    level, sqb, sqt, sqh, skb, skt, skh,
     F: tl.constexpr, ROWS: tl.constexpr, BEGIN: tl.constexpr, STEP: tl.constexpr,
-    CENTER: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, SIZE: tl.constexpr,
-    BM: tl.constexpr, MORE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    CENTER: tl.constexpr, GIVEN: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    SIZE: tl.constexpr, BM: tl.constexpr, MORE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Row after row, the long ones first. A program's own PLACES ``[3,n]`` and SCORES ``[3,n]``
-    hold its segments' sizes and the halves to be scored, and these scores."""
+    """Row after row, the long ones first. A program's own PLACES ``[3,n]`` and SCORES ``[2,n]``
+    hold its segments' sizes, the halves to be scored and scores."""
     i = tl.arange(0, BN)
     there = i < n
     pid = tl.program_id(0).to(tl.int64)
     SIZES = PLACES + pid * 3 * n
     LEFT = SIZES + n
     RIGHT = LEFT + n
-    KNOWN = SCORES + pid * 3 * n
-    OF_LEFT = KNOWN + n
-    OF_RIGHT = OF_LEFT + n
+    KNOWN = SCORES + pid * 2 * n
+    FRESH = KNOWN + n
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        r = R - 1 - task % R
-        b, h = task // R // N, task // R % N
-        A = OUT + (task // R * R + r).to(tl.int64) * n  # where its segments begin
-        end = tl.minimum(tl.maximum(offset + (r + 1) * ROWS - window, 0), S)
-        blocks = (end + SIZE - 1) // SIZE
+        plane, ahead = task // many, many - 1 - task % many
+        r = begin + ahead
+        b, h = plane // N, plane % N
+        A = OUT + (plane.to(tl.int64) * R + r) * n  # where its segments begin
+        blocks = _searched(r, offset, window, S, ROWS, SIZE)
         if blocks <= n:
             tl.store(A + i, tl.where(i < blocks, i, -1), mask=there)
         else:
@@ -126,10 +252,17 @@ def search_kernel(
             tl.store(A + i, a, mask=there)
             tl.store(SIZES + i, (span * (i + 1)).to(tl.int32) - a, mask=there)
             tl.debug_barrier()
-            if not CENTER:
+            if GIVEN:
+                given = FIRST + (plane.to(tl.int64) * many + ahead) * n + i
+            elif not CENTER:
                 # A left half has the score of the whole.
                 _score(q, q_more, keys, A, KNOWN, n, S, skt, K, BK, SIZE, BT, MORE, PRECISION)
             low = tl.full([], -2147483647, tl.int32)
+            if GIVEN:
+                left = tl.load(given, mask=there, other=0.0)
+                right = tl.load(given + level, mask=there, other=0.0)
+                low = _keep(left, right, low, A, SIZES, KNOWN, i, n)
+                span *= 0.5
             while span > 1:
                 tl.debug_barrier()
                 a = tl.load(A + i, mask=there, other=0)
@@ -140,59 +273,31 @@ def search_kernel(
                     tl.store(RIGHT + i, a + half + (size - half) // 2, mask=there)
                     tl.debug_barrier()
                     _score(
-                        q, q_more, keys, LEFT, OF_LEFT, n, S, skt, K, BK, SIZE, BT, MORE, PRECISION
+                        q, q_more, keys, LEFT, KNOWN, n, S, skt, K, BK, SIZE, BT, MORE, PRECISION
                     )
                     _score(
-                        q, q_more, keys, RIGHT, OF_RIGHT, n, S, skt, K, BK, SIZE, BT, MORE,
+                        q, q_more, keys, RIGHT, FRESH, n, S, skt, K, BK, SIZE, BT, MORE, PRECISION
+                    )
+                    tl.debug_barrier()
+                    low = tl.full([], -2147483647, tl.int32)
+                    right = tl.load(FRESH + i, mask=there, other=0.0)
+                else:
+                    # A single block is its own right half: its score is known.
+                    place = tl.cumsum((size > 1).to(tl.int32), 0) - 1
+                    tl.store(RIGHT + place, a + half, mask=size > 1)
+                    count = tl.sum((size > 1).to(tl.int32), 0)
+                    tl.debug_barrier()
+                    _score(
+                        q, q_more, keys, RIGHT, FRESH, count, S, skt, K, BK, SIZE, BT, MORE,
                         PRECISION,
                     )  # fmt: skip
                     tl.debug_barrier()
-                    left = tl.load(OF_LEFT + i, mask=there, other=0.0)
-                    right = tl.load(OF_RIGHT + i, mask=there, other=0.0)
-                else:
-                    # A single block is its own right half: its score is known.
-                    asked = (size > 1).to(tl.int32)
-                    tl.store(RIGHT + tl.cumsum(asked, 0) - asked, a + half, mask=size > 1)
-                    tl.debug_barrier()
-                    _score(
-                        q, q_more, keys, RIGHT, OF_RIGHT, tl.sum(asked, 0), S, skt, K, BK, SIZE,
-                        BT, MORE, PRECISION,
-                    )  # fmt: skip
-                    tl.debug_barrier()
                     size = tl.load(SIZES + i, mask=there, other=0)
-                    asked = (size > 1).to(tl.int32)
-                    left = tl.load(KNOWN + i, mask=there, other=0.0)
-                    right = tl.load(
-                        OF_RIGHT + tl.cumsum(asked, 0) - asked, mask=size > 1, other=0.0
-                    )
-                    right = tl.where(size > 1, right, left)
-                x = tl.where(size > 1, _ordered(left), -2147483648)
-                y = tl.where(size > 0, _ordered(right), -2147483648)
-                bound = _bound(x, y, low, n)
-                if not CENTER:
-                    low = bound  # the n best keep their scores
-                more = tl.sum((x > bound).to(tl.int32) + (y > bound).to(tl.int32), 0)
-                # Of those equal to it, the earlier ones, as many as are missing.
-                x_ties, y_ties = (x == bound).to(tl.int32), (y == bound).to(tl.int32)
-                before = tl.cumsum(x_ties + y_ties, 0) - x_ties - y_ties
-                keep_x = (x > bound) | ((x_ties > 0) & (before < n - more))
-                keep_y = (y > bound) | ((y_ties > 0) & (before + x_ties < n - more))
-                kept = keep_x.to(tl.int32) + keep_y.to(tl.int32)
-                to = tl.cumsum(kept, 0) - kept
-                tl.debug_barrier()  # what is read again need not be held meanwhile
-                a = tl.load(A + i, mask=there, other=0)
-                size = tl.load(SIZES + i, mask=there, other=0)
-                half = size // 2
-                tl.debug_barrier()
-                tl.store(A + to, a, mask=keep_x)
-                tl.store(SIZES + to, half, mask=keep_x)
-                if not CENTER:
-                    tl.store(KNOWN + to, _score_of(x), mask=keep_x)
-                to += keep_x.to(tl.int32)
-                tl.store(A + to, a + half, mask=keep_y)
-                tl.store(SIZES + to, size - half, mask=keep_y)
-                if not CENTER:
-                    tl.store(KNOWN + to, _score_of(y), mask=keep_y)
+                    place = tl.cumsum((size > 1).to(tl.int32), 0) - 1
+                    at = tl.where(size > 1, FRESH + place, KNOWN + i)
+                    right = tl.load(at, mask=there, other=0.0)
+                left = tl.load(KNOWN + i, mask=there, other=0.0)
+                low = _keep(left, right, low, A, SIZES, KNOWN, i, n)
                 span *= 0.5
             tl.debug_barrier()
 
@@ -206,24 +311,59 @@ def search(
     begin, step = sample if rows > 1 else (0, 1)
     R, m, F = triton.cdiv(T, rows), len(range(begin, rows, step)), H // N
     out = torch.empty(B, N, R, n, dtype=torch.int32, device=q.device)
-    BM, more = pieces(F * m)
-    BN = max(16, triton.next_power_of_2(n))
-    tasks = B * N * R
-    programs = min(tasks, PROGRAMS * processors(q.device.index))
+    programs = min(B * N * R, PROGRAMS * processors(q.device.index))
     places = torch.empty(programs, 3, n, dtype=torch.int32, device=q.device)
+    scores = torch.empty(programs, 2, n, dtype=torch.float32, device=q.device)
+    strides = *q.stride()[:3], *k.stride()[:3]
+    given = GROUPED and N > G and T > 1
+    # Rows with no more blocks than are kept have nothing to score.
+    short = min(max((n * size + window - offset) // rows, 0), R)
+    many = R if not given else max(1, SCORED // (2 * B * N * n))
+    C, rest = heads(N // G, m)
+    common = {
+        "ROWS": rows, "BEGIN": begin, "STEP": step, "CENTER": center, "K": K,
+        "BK": max(16, triton.next_power_of_2(K)), "SIZE": size,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    BM, more = pieces(F * m)
+    parts = range(0, R, many) if not given else (0, *range(short, R, many))
     with on_device(q):
-        search_kernel.launch(
-            (programs,), (q, k, out, places, torch.empty_like(places, dtype=torch.float32)),
-            T, S, offset, window, tasks, N, G, R, n, m, *q.stride()[:3], *k.stride()[:3],
-            F=F, ROWS=rows, BEGIN=begin, STEP=step, CENTER=center, K=K,
-            BK=max(16, triton.next_power_of_2(K)), SIZE=size, BM=BM, MORE=more, BT=BT, BN=BN,
-            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-            num_warps=WARPS, num_stages=STAGES,
-        )  # fmt: skip
+        for first, after in zip(parts, (*parts[1:], R), strict=True):
+            many = after - first
+            if many == 0:
+                continue
+            own = given and first >= short
+            level = B * N * many * n
+            known = torch.empty(2 if own else 0, level, dtype=torch.float32, device=q.device)
+            if own:
+                first_kernel.launch(
+                    (many, B * G, triton.cdiv(N // G, C + rest)), (q, k, known),
+                    T, S, offset, window, first, N, G, many, n, m, level, *strides, **common,
+                    BM=max(16 // C, triton.next_power_of_2(m)), C=C, MORE=rest, BT=FIRST[0],
+                    num_warps=FIRST[1], num_stages=FIRST[2],
+                )  # fmt: skip
+            search_kernel.launch(
+                (min(programs, B * N * many),), (q, k, known, out, places, scores),
+                T, S, offset, window, first, many, B * N * many, N, G, R, n, m, level, *strides,
+                **common, F=F, GIVEN=own, BM=BM, MORE=more, BT=BT,
+                BN=max(16, triton.next_power_of_2(n)), num_warps=WARPS, num_stages=STAGES, **LIMITS,
+            )  # fmt: skip
     return out
 
 
+GROUPED, FIRST, SCORED = True, (64, 4, 3), 1 << 28
+
+
+def heads(share: int, m: int) -> tuple[int, int]:
+    """Two powers of two of a group's heads, of up to 128 queries together."""
+    width = triton.next_power_of_2(m)
+    C = min(max(1, 128 // width), triton.next_power_of_2(share + 1) // 2)
+    rest = min(share - C, C)
+    return C, triton.next_power_of_2(rest) if rest > 0 else 0
+
+
 PROGRAMS, BT, WARPS, STAGES = 2, 64, 4, 3
+LIMITS: dict[str, int] = {}
 
 
 def pieces(queries: int) -> tuple[int, int]:
