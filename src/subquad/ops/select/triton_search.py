@@ -7,13 +7,14 @@ dim; R rows of ROWS queries, of which m a head are asked; n blocks kept.
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from subquad.ops.attention.triton.configs import processors
 from subquad.ops.kernel import Kernel, on_device
 
 
@@ -372,11 +373,3 @@ def pieces(queries: int) -> tuple[int, int]:
     first = min(128, max(16, triton.next_power_of_2(queries + 1) // 2))
     rest = queries - first
     return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
-
-
-@lru_cache(maxsize=8)
-def processors(index: int | None) -> int:
-    """Multiprocessors of the GPU; 8 where the kernels are interpreted."""
-    if not torch.cuda.is_available():
-        return 8
-    return torch.cuda.get_device_properties(index or 0).multi_processor_count
