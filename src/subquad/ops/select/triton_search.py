@@ -17,6 +17,8 @@ from torch import Tensor
 from subquad.ops.attention.triton.configs import processors
 from subquad.ops.kernel import Kernel, on_device
 
+SCORED = 1 << 28  # scores of first rounds held at once
+
 
 @triton.jit
 def _asked(
@@ -81,11 +83,13 @@ def first_kernel(
     sqb, sqt, sqh, skb, skt, skh,
     ROWS: tl.constexpr, BEGIN: tl.constexpr, STEP: tl.constexpr, CENTER: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, SIZE: tl.constexpr, BM: tl.constexpr,
-    C: tl.constexpr, MORE: tl.constexpr, BT: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, MORE: tl.constexpr, ROUNDS: tl.constexpr, BT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The scores of the first halves, the same for all heads of a group, so that their keys are
-    read once: OUT ``[2,B,N,R,n]`` for R rows from ``begin`` on. A program takes C and MORE heads of
-    one row, BM queries each."""
+    """What ROUNDS first rounds may score, the same for all heads of a group, so that these keys are
+    read once: OUT ``[2 * ROUNDS,B,N,R,n]`` for R rows from ``begin`` on, of a segment the left and
+    the right half, then their right halves. A program takes C and MORE heads of one row, BM queries
+    each."""
     r = begin + tl.num_programs(0) - 1 - tl.program_id(0)
     share = N // G
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
@@ -112,22 +116,23 @@ def first_kernel(
         if MORE:
             c_more = C + tl.arange(0, MORE)
             best_more = tl.full([BT, MORE], float("-inf"), tl.float32)
-        for step in range(0, tl.cdiv(n, BT) * 2 * SIZE):
-            i = step // (2 * SIZE) * BT + tl.arange(0, BT)
-            right, place = step // SIZE % 2, step % SIZE
+        scored = tl.where(span > 2, 2 * ROUNDS, 2)
+        for step in range(0, tl.cdiv(n, BT) * scored * SIZE):
+            i = step // (scored * SIZE) * BT + tl.arange(0, BT)
+            kind, place = step // SIZE % scored, step % SIZE
             a = (span * i).to(tl.int32)
             size = (span * (i + 1)).to(tl.int32) - a
             half = size // 2
-            if CENTER:
-                block = a + tl.where(right == 1, half + (size - half) // 2, half // 2)
-            else:
-                block = a + tl.where(right == 1, half, 0)
+            block = a + tl.where(kind % 2 == 1, half, 0)
+            if CENTER or ROUNDS == 2:
+                inner = tl.where(kind % 2 == 1, size - half, half) // 2
+                block += tl.where((kind >= 2) | CENTER, inner, 0)
             key = tl.minimum(block * SIZE + place, S - 1).to(tl.int64)
             at = KEYS + key[:, None] * skt + d[None, :]
             k = tl.load(at) if K == BK else tl.load(at, mask=(d < K)[None, :], other=0.0)
             s = _of_heads(k, q, C, BT, PRECISION)
             best = tl.where(place == 0, s, tl.maximum(best, s))
-            to = OUT + right * level + i[:, None]
+            to = OUT + kind * level + i[:, None]
             done = (i < n)[:, None] & (place == SIZE - 1)
             tl.store(to + c[None, :] * away, best, mask=done & (h + c < share)[None, :])
             if MORE:
@@ -165,8 +170,8 @@ def _bound(x, y, low, n):
 
 @triton.jit
 def _keep(left, right, low, A, SIZES, KNOWN, i, n):
-    """The n best halves, by their scores, in place of n segments; the bound that they reach, which
-    is at least ``low``."""
+    """The n best halves, by their scores, in place of n segments: the bound that they reach, which
+    is at least ``low``, and which left and right halves went where."""
     there = i < n
     size = tl.load(SIZES + i, mask=there, other=0)
     x = tl.where(size > 1, _ordered(left), -2147483648)
@@ -192,32 +197,18 @@ def _keep(left, right, low, A, SIZES, KNOWN, i, n):
     tl.store(A + to, a + half, mask=keep_y)
     tl.store(SIZES + to, size - half, mask=keep_y)
     tl.store(KNOWN + to, _score_of(y), mask=keep_y)
-    return bound
+    return bound, keep_x, to - keep_x.to(tl.int32), keep_y, to
 
 
-@partial(
-    Kernel,
-    sizes=(
-        "T",
-        "S",
-        "offset",
-        "window",
-        "begin",
-        "many",
-        "tasks",
-        "N",
-        "G",
-        "R",
-        "n",
-        "m",
-        "level",
-    ),
-)
+NUMBERS = ("T", "S", "offset", "window", "begin", "many", "tasks", "N", "G", "R", "n", "m", "level")
+
+
+@partial(Kernel, sizes=NUMBERS)
 def search_kernel(
     Q, KEYS, FIRST, OUT, PLACES, SCORES, T, S, offset, window, begin, many, tasks, N, G, R, n, m,
     level, sqb, sqt, sqh, skb, skt, skh,
     F: tl.constexpr, ROWS: tl.constexpr, BEGIN: tl.constexpr, STEP: tl.constexpr,
-    CENTER: tl.constexpr, GIVEN: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    CENTER: tl.constexpr, ROUNDS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     SIZE: tl.constexpr, BM: tl.constexpr, MORE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -253,53 +244,60 @@ def search_kernel(
             tl.store(A + i, a, mask=there)
             tl.store(SIZES + i, (span * (i + 1)).to(tl.int32) - a, mask=there)
             tl.debug_barrier()
-            if GIVEN:
+            if ROUNDS:
                 given = FIRST + (plane.to(tl.int64) * many + ahead) * n + i
+                tl.store(KNOWN + i, tl.load(given, mask=there), mask=there)
+                tl.store(FRESH + i, tl.load(given + level, mask=there), mask=there)
             elif not CENTER:
                 # A left half has the score of the whole.
                 _score(q, q_more, keys, A, KNOWN, n, S, skt, K, BK, SIZE, BT, MORE, PRECISION)
             low = tl.full([], -2147483647, tl.int32)
-            if GIVEN:
-                left = tl.load(given, mask=there, other=0.0)
-                right = tl.load(given + level, mask=there, other=0.0)
-                low = _keep(left, right, low, A, SIZES, KNOWN, i, n)
-                span *= 0.5
+            turn = 0
             while span > 1:
                 tl.debug_barrier()
-                a = tl.load(A + i, mask=there, other=0)
-                size = tl.load(SIZES + i, mask=there, other=0)
-                half = size // 2
-                if CENTER:
-                    tl.store(LEFT + i, a + half // 2, mask=there)
-                    tl.store(RIGHT + i, a + half + (size - half) // 2, mask=there)
-                    tl.debug_barrier()
-                    _score(
-                        q, q_more, keys, LEFT, KNOWN, n, S, skt, K, BK, SIZE, BT, MORE, PRECISION
-                    )
-                    _score(
-                        q, q_more, keys, RIGHT, FRESH, n, S, skt, K, BK, SIZE, BT, MORE, PRECISION
-                    )
-                    tl.debug_barrier()
-                    low = tl.full([], -2147483647, tl.int32)
-                    right = tl.load(FRESH + i, mask=there, other=0.0)
-                else:
-                    # A single block is its own right half: its score is known.
-                    place = tl.cumsum((size > 1).to(tl.int32), 0) - 1
-                    tl.store(RIGHT + place, a + half, mask=size > 1)
-                    count = tl.sum((size > 1).to(tl.int32), 0)
-                    tl.debug_barrier()
+                if turn >= ROUNDS:
+                    a = tl.load(A + i, mask=there, other=0)
+                    size = tl.load(SIZES + i, mask=there, other=0)
+                    half = size // 2
+                    count = n
+                    if CENTER:
+                        tl.store(LEFT + i, a + half // 2, mask=there)
+                        tl.store(RIGHT + i, a + half + (size - half) // 2, mask=there)
+                        tl.debug_barrier()
+                        _score(
+                            q, q_more, keys, LEFT, KNOWN, n, S, skt, K, BK, SIZE, BT, MORE,
+                            PRECISION,
+                        )  # fmt: skip
+                    else:
+                        # A single block is its own right half: its score is known.
+                        parted = (size > 1).to(tl.int32)
+                        tl.store(RIGHT + tl.cumsum(parted, 0) - 1, a + half, mask=size > 1)
+                        count = tl.sum(parted, 0)
+                        tl.debug_barrier()
                     _score(
                         q, q_more, keys, RIGHT, FRESH, count, S, skt, K, BK, SIZE, BT, MORE,
                         PRECISION,
                     )  # fmt: skip
                     tl.debug_barrier()
-                    size = tl.load(SIZES + i, mask=there, other=0)
-                    place = tl.cumsum((size > 1).to(tl.int32), 0) - 1
-                    at = tl.where(size > 1, FRESH + place, KNOWN + i)
-                    right = tl.load(at, mask=there, other=0.0)
+                at = FRESH + i
+                if CENTER:
+                    low = tl.full([], -2147483647, tl.int32)
+                else:
+                    parted = tl.load(SIZES + i, mask=there, other=0) > 1
+                    if turn >= ROUNDS:
+                        at = FRESH + tl.cumsum(parted.to(tl.int32), 0) - 1
+                    at = tl.where(parted, at, KNOWN + i)
                 left = tl.load(KNOWN + i, mask=there, other=0.0)
-                low = _keep(left, right, low, A, SIZES, KNOWN, i, n)
+                right = tl.load(at, mask=there, other=0.0)
+                low, lefts, to, rights, beyond = _keep(left, right, low, A, SIZES, KNOWN, i, n)
+                if ROUNDS == 2:  # noqa: SIM102 (only one of the two is known to the compiler)
+                    if turn == 0 and span > 2:
+                        of = tl.load(given + 2 * level, mask=lefts, other=0.0)
+                        tl.store(FRESH + to, of, mask=lefts)
+                        of = tl.load(given + 3 * level, mask=rights, other=0.0)
+                        tl.store(FRESH + beyond, of, mask=rights)
                 span *= 0.5
+                turn += 1
             tl.debug_barrier()
 
 
@@ -307,64 +305,56 @@ def search(
     q: Tensor, k: Tensor, n: int, rows: int, size: int, window: int, sample: tuple[int, int],
     center: bool, offset: int, N: int,
 ) -> Tensor:  # fmt: skip
+    """As :func:`subquad.ops.select.search.halving` says; n blocks of ``size`` keys."""
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     begin, step = sample if rows > 1 else (0, 1)
     R, m, F = triton.cdiv(T, rows), len(range(begin, rows, step)), H // N
-    out = torch.empty(B, N, R, n, dtype=torch.int32, device=q.device)
-    programs = min(B * N * R, PROGRAMS * processors(q.device.index))
-    places = torch.empty(programs, 3, n, dtype=torch.int32, device=q.device)
-    scores = torch.empty(programs, 2, n, dtype=torch.float32, device=q.device)
-    strides = *q.stride()[:3], *k.stride()[:3]
-    given = GROUPED and N > G and T > 1
-    # Rows with no more blocks than are kept have nothing to score.
-    short = min(max((n * size + window - offset) // rows, 0), R)
-    many = R if not given else max(1, SCORED // (2 * B * N * n))
+    BM, more = pieces(F * m)
     C, rest = heads(N // G, m)
+    BT, programs, options = config(F * m, n, q.element_size())
+    rounds, BT_first, first_options = first_config(N // G if T > 1 else 1, q.element_size())
+    rounds = min(rounds, 1) if center else rounds
     common = {
         "ROWS": rows, "BEGIN": begin, "STEP": step, "CENTER": center, "K": K,
-        "BK": max(16, triton.next_power_of_2(K)), "SIZE": size,
+        "BK": max(16, triton.next_power_of_2(K)), "SIZE": size, "ROUNDS": rounds,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
-    BM, more = pieces(F * m)
-    parts = range(0, R, many) if not given else (0, *range(short, R, many))
+    strides = *q.stride()[:3], *k.stride()[:3]
+    out = torch.empty(B, N, R, n, dtype=torch.int32, device=q.device)
+    programs = min(B * N * R, programs * processors(q.device.index))
+    places = torch.empty(programs, 3, n, dtype=torch.int32, device=q.device)
+    scores = torch.empty(programs, 2, n, dtype=torch.float32, device=q.device)
+    most = max(1, SCORED // (2 * rounds * B * N * n)) if rounds else R
     with on_device(q):
-        for first, after in zip(parts, (*parts[1:], R), strict=True):
-            many = after - first
-            if many == 0:
-                continue
-            own = given and first >= short
+        for first in range(0, R, most):
+            many = min(most, R - first)
             level = B * N * many * n
-            known = torch.empty(2 if own else 0, level, dtype=torch.float32, device=q.device)
-            if own:
+            known = torch.empty(2 * rounds, level, dtype=torch.float32, device=q.device)
+            if rounds:
                 first_kernel.launch(
                     (many, B * G, triton.cdiv(N // G, C + rest)), (q, k, known),
                     T, S, offset, window, first, N, G, many, n, m, level, *strides, **common,
-                    BM=max(16 // C, triton.next_power_of_2(m)), C=C, MORE=rest, BT=FIRST[0],
-                    num_warps=FIRST[1], num_stages=FIRST[2],
+                    BM=max(16 // C, triton.next_power_of_2(m)), C=C, MORE=rest, BT=BT_first,
+                    **first_options,
                 )  # fmt: skip
             search_kernel.launch(
                 (min(programs, B * N * many),), (q, k, known, out, places, scores),
                 T, S, offset, window, first, many, B * N * many, N, G, R, n, m, level, *strides,
-                **common, F=F, GIVEN=own, BM=BM, MORE=more, BT=BT,
-                BN=max(16, triton.next_power_of_2(n)), num_warps=WARPS, num_stages=STAGES, **LIMITS,
+                **common, F=F, BM=BM, MORE=more, BT=BT, BN=max(16, triton.next_power_of_2(n)),
+                **options,
             )  # fmt: skip
     return out
 
 
-GROUPED, FIRST, SCORED = True, (64, 4, 3), 1 << 28
+def config(queries: int, n: int, itemsize: int) -> tuple[int, int, dict[str, int]]:
+    """Keys of a step, programs of a multiprocessor, launch options of the search."""
+    return 64, 2, {"num_warps": 4, "num_stages": 3}
 
 
-def heads(share: int, m: int) -> tuple[int, int]:
-    """Two powers of two of a group's heads, of up to 128 queries together."""
-    width = triton.next_power_of_2(m)
-    C = min(max(1, 128 // width), triton.next_power_of_2(share + 1) // 2)
-    rest = min(share - C, C)
-    return C, triton.next_power_of_2(rest) if rest > 0 else 0
-
-
-PROGRAMS, BT, WARPS, STAGES = 2, 64, 4, 3
-LIMITS: dict[str, int] = {}
+def first_config(share: int, itemsize: int) -> tuple[int, int, dict[str, int]]:
+    """For how many rounds ``share`` heads score what any may need; keys of a step, options."""
+    return 0 if share == 1 else 2, 64, {"num_warps": 4, "num_stages": 3 if itemsize == 2 else 2}
 
 
 def pieces(queries: int) -> tuple[int, int]:
@@ -373,3 +363,10 @@ def pieces(queries: int) -> tuple[int, int]:
     first = min(128, max(16, triton.next_power_of_2(queries + 1) // 2))
     rest = queries - first
     return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+
+
+def heads(share: int, m: int) -> tuple[int, int]:
+    """Two powers of two of a group's heads, of up to 128 queries each."""
+    C = min(max(1, 128 // triton.next_power_of_2(m)), triton.next_power_of_2(share + 1) // 2)
+    rest = min(share - C, C)
+    return C, triton.next_power_of_2(rest) if rest > 0 else 0
