@@ -136,7 +136,8 @@ class HiP(Policy):
     def _attend(self, call: Call, found: Tensor, rows: int, window: int) -> Tensor:
         """Each query over the keys found for its row, its window and the sinks, each key once."""
         q, k, v = call.q, call.layer.keys, call.layer.values
-        kernels = (q.is_cuda or interpreted()) and q.dtype != torch.float64
+        wide = max(q.shape[3], v.shape[3]) * q.element_size() > 512
+        kernels = (q.is_cuda or interpreted()) and q.dtype != torch.float64 and not wide
         if kernels and call.site.window is None and call.tally is None:
             from subquad.ops.attention.triton.found import found_attention
 

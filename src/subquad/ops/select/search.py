@@ -61,7 +61,7 @@ def halving(
     checks.divides("heads", N, "heads of q", H)
     checks.divides("heads of k", G, "heads", N)
     offset = S - T if offset is None else offset
-    if _kernels(q, rows, N, sample):
+    if _kernels(q, keep, rows, N, sample):
         from subquad.ops.select.triton_search import search
 
         return search(q, k, keep, rows, size, window, sample, center, offset, N)
@@ -85,12 +85,12 @@ def halving(
     return torch.cat(parts, 2)
 
 
-def _kernels(q: Tensor, rows: int, N: int, sample: tuple[int, int]) -> bool:
-    """Whether a kernel searches; it holds all queries that are asked together."""
+def _kernels(q: Tensor, keep: int, rows: int, N: int, sample: tuple[int, int]) -> bool:
+    """Whether a kernel searches; it holds a row's scores and all queries that are asked at once."""
     (_, T, H, K), wide = q.shape, q.element_size()
     asked = H // N * len(range(sample[0] if rows > 1 else 0, rows, sample[1]))
-    fits = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and K <= 256
-    fits = fits and 0 < asked <= 256 and asked * K * wide <= 1 << 16
+    fits = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and K * wide <= 512
+    fits = fits and 0 < asked <= 256 and asked * K * wide <= 1 << 16 and keep <= 1 << 14
     return fits and T > 0 and (q.is_cuda or interpreted())
 
 

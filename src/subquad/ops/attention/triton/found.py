@@ -71,11 +71,12 @@ def found_kernel(
 
     # Lists rise: first blocks that reach into the sinks, then those that all queries see, then
     # those that are in the windows of some.
-    y = tl.arange(0, BL)
-    own = tl.load(FOUND + y, mask=y < n, other=-1)
-    count = tl.sum((own >= 0).to(tl.int32), 0)
-    begun = tl.sum(((own >= 0) & (own * SIZE < sinks)).to(tl.int32), 0)
-    clear = tl.sum(((own >= 0) & (own * SIZE + SIZE <= near)).to(tl.int32), 0)
+    count, begun, clear = 0, 0, 0
+    for y in range(0, n, BL):
+        own = tl.load(FOUND + y + tl.arange(0, BL), mask=y + tl.arange(0, BL) < n, other=-1)
+        count += tl.sum((own >= 0).to(tl.int32), 0)
+        begun += tl.sum(((own >= 0) & (own * SIZE < sinks)).to(tl.int32), 0)
+        clear += tl.sum(((own >= 0) & (own * SIZE + SIZE <= near)).to(tl.int32), 0)
     whole = tl.maximum(clear - begun, 0) * SIZE // BN
 
     acc = tl.zeros([BM, BV], tl.float32)
@@ -151,15 +152,15 @@ def found_attention(
     BQ = next(i for i in range(min(rows, most), 0, -1) if rows % i == 0)
     HG = together(H // N, BQ, most)
     BM = max(16, triton.next_power_of_2(BQ * HG))
-    BN, warps, stages = config(BM, q.dtype.itemsize)
+    BN, warps, stages = config(BM, max(K, V), q.dtype.itemsize)
     with on_device(q):
         found_kernel.launch(
             (triton.cdiv(T, BQ), B * (H // HG)), (q, k, v, found.contiguous(), o),
             scale, T, S, S - T, window, sinks, H, G, N, R, n,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             K=K, V=V, BK=max(16, triton.next_power_of_2(K)), BV=max(16, triton.next_power_of_2(V)),
-            ROWS=rows, BQ=BQ, HG=HG, BM=BM, SIZE=size, BL=max(16, triton.next_power_of_2(n)),
-            BN=BN,
+            ROWS=rows, BQ=BQ, HG=HG, BM=BM, SIZE=size, BN=BN,
+            BL=min(2048, max(16, triton.next_power_of_2(n))),
             PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -171,6 +172,6 @@ def together(heads: int, BQ: int, most: int) -> int:
     return next(i for i in range(heads, 0, -1) if heads % i == 0 and (i * BQ <= most or i == 1))
 
 
-def config(BM: int, itemsize: int) -> tuple[int, int, int]:
+def config(BM: int, width: int, itemsize: int) -> tuple[int, int, int]:
     """Keys of a step, warps and stages."""
-    return 64 if itemsize == 2 else 32, 8 if BM == 128 else 4, 3
+    return 64 if itemsize == 2 else 32, 8 if BM == 128 else 4, 3 if width * itemsize <= 256 else 2
