@@ -152,7 +152,7 @@ def found_attention(
     BQ = next(i for i in range(min(rows, most), 0, -1) if rows % i == 0)
     HG = together(H // N, BQ, most)
     BM = max(16, triton.next_power_of_2(BQ * HG))
-    BN, warps, stages = config(BM, max(K, V), q.dtype.itemsize)
+    BN, options = config(BM, max(K, V), q.dtype.itemsize)
     with on_device(q):
         found_kernel.launch(
             (triton.cdiv(T, BQ), B * (H // HG)), (q, k, v, found.contiguous(), o),
@@ -162,7 +162,7 @@ def found_attention(
             ROWS=rows, BQ=BQ, HG=HG, BM=BM, SIZE=size, BN=BN,
             BL=min(2048, max(16, triton.next_power_of_2(n))),
             PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-            num_warps=warps, num_stages=stages,
+            **options,
         )  # fmt: skip
     return o
 
@@ -172,6 +172,7 @@ def together(heads: int, BQ: int, most: int) -> int:
     return next(i for i in range(heads, 0, -1) if heads % i == 0 and (i * BQ <= most or i == 1))
 
 
-def config(BM: int, width: int, itemsize: int) -> tuple[int, int, int]:
-    """Keys of a step, warps and stages."""
-    return 64 if itemsize == 2 else 32, 8 if BM == 128 else 4, 3 if width * itemsize <= 256 else 2
+def config(BM: int, width: int, itemsize: int) -> tuple[int, dict[str, int]]:
+    """Keys of a step and launch options."""
+    warps, stages = 8 if BM == 128 else 4, 3 if width * itemsize <= 256 else 2
+    return 64 if itemsize == 2 else 32, {"num_warps": warps, "num_stages": stages}
