@@ -158,12 +158,12 @@ inside = pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPR
 @pytest.mark.parametrize(
     ("T", "S", "policy"),
     [
-        (70, 70, HiP(budget=16, rows=8, block=2, window=9, sinks=3)),
+        (40, 70, HiP(budget=16, rows=8, block=2, window=9, sinks=3)),
         (33, 90, HiP(budget=12, rows=8, block=2, window=10, sinks=4)),
         (50, 50, HiP(budget=8, rows=16, block=1, window=7, sinks=0)),
-        (70, 70, HiP(budget=16, rows=8, block=2, window=16, sinks=4)),
-        (200, 200, HiP(budget=80, rows=16, block=4, window=7, sinks=9)),
-        (90, 90, HiP(budget=15, rows=10, block=3, window=1, sinks=70, share=True)),
+        (40, 70, HiP(budget=16, rows=8, block=2, window=16, sinks=4)),
+        (40, 200, HiP(budget=80, rows=16, block=4, window=7, sinks=9)),
+        (35, 90, HiP(budget=15, rows=10, block=3, window=1, sinks=70, share=True)),
         (1, 90, HiP(budget=8, rows=1, block=2, window=7, sinks=3)),
         (35, 91, HiP(budget=16, rows=8, block=2, window=8, sinks=2, share=True)),
         (20, 30, HiP(budget=16, rows=8, block=1, window=10, sinks=0)),
@@ -189,12 +189,12 @@ def test_attention_by_kernels(T, S, policy):
 @pytest.mark.parametrize(
     ("T", "S", "policy"),
     [
-        (70, 90, HiP(budget=16, rows=8, block=2, window=9)),
-        (70, 90, HiP(budget=16, rows=8, block=2, window=9, representative="center")),
-        (67, 67, HiP(budget=5, rows=10, block=1, window=4)),  # the last row is cut short
+        (30, 90, HiP(budget=16, rows=8, block=2, window=9)),
+        (30, 90, HiP(budget=16, rows=8, block=2, window=9, representative="center")),
+        (37, 37, HiP(budget=5, rows=10, block=1, window=4)),  # the last row is cut short
         (61, 200, HiP(budget=28, rows=16, block=4, window=16, share=True)),
         (41, 200, HiP(budget=21, rows=20, block=3, window=7, share=True)),
-        (41, 200, HiP(budget=21, rows=20, block=3, share=True, representative="center")),
+        (41, 200, HiP(budget=21, rows=20, block=3, window=7, share=True, representative="center")),
         (1, 300, HiP(budget=7, rows=1, block=1, window=16)),
     ],
     ids=str,
