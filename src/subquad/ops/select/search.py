@@ -77,8 +77,8 @@ def halving(
     with torch.no_grad():
         for r in range(short, R, step):
             own = blocks[r : r + step]
-            steps = torch.arange(keep + 1, device=q.device)
-            bound = (own[:, None].to(q.device).double() / keep * steps).int()
+            # Not on a GPU: there a quotient by a number is a product with its rounded inverse.
+            bound = (own[:, None].double() / keep * torch.arange(keep + 1)).int().to(q.device)
             asking = _sampled(q, range(r, r + len(own)), rows, N, sample)
             segments = bound[:, :-1], bound.diff(), own / keep
             parts.append(_search(asking, k, *segments, size, center))

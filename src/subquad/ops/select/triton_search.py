@@ -348,8 +348,13 @@ def search(
 
 
 def config(queries: int, n: int, itemsize: int) -> tuple[int, int, dict[str, int]]:
-    """Keys of a step, programs of a multiprocessor, launch options of the search."""
-    return 64, 2, {"num_warps": 4, "num_stages": 3}
+    """Keys of a step, programs of a multiprocessor and launch options of the search: the fastest on
+    an H100 in bfloat16, with 16 to 192 queries and n of 1,632 and 3,264."""
+    if n <= 2048 or (n <= 4096 and 16 < queries <= 128):
+        return 64, 2, {"num_warps": 4, "num_stages": 3}
+    if itemsize > 2 or n > 4096 or queries > 128:
+        return 128 // itemsize * 2, 1, {"num_warps": 8, "num_stages": 3}
+    return 128, 2, {"num_warps": 8, "num_stages": 3, "maxnreg": 128}
 
 
 def first_config(share: int, itemsize: int) -> tuple[int, int, dict[str, int]]:
