@@ -110,14 +110,14 @@ def test_a_text_holds_its_answers():
 
 
 def test_streaming_heads_stay_constant():
-    """Memory of rho T + (1 - rho) (s + w) tokens a head."""
+    """Memory of rho T + (1 - rho) (s + w) tokens a head, and of the newest."""
     model, ids = tiny(), tokens(2)
     duo = Duo(gates=((1, 0), (0.2, 0.8)), sinks=2, window=5)
     with applied(model, duo) as on:
         sizes = [read(model, on, ids, new=new)[1] for new in (1, 4)]
     for cache, length in zip(sizes, (76, 79)):
         held = [[part.keys.shape[1] for _, part in layer.parts] for layer in cache.layers]
-        assert held == [[length, 7]] * 2
+        assert held == [[length, 8]] * 2
     with applied(model, Policy()) as on:
         whole = read(model, on, ids, new=1)[1].nbytes
     assert sizes[0].nbytes < (0.5 + 0.5 * 9 / 75) * whole

@@ -10,6 +10,7 @@ from subquad import mask
 from subquad.caches.paged import PagedLayer
 from subquad.caches.ring import RingLayer
 from subquad.ops.attention import attention
+from subquad.ops.select.pages import bounds
 from subquad.policies.base import Call, Site, Tally
 from subquad.policies.block_topk import BlockTopK
 from subquad.policies.flexprefill import FlexPrefill, cover
@@ -87,7 +88,7 @@ def test_quest_golden(golden):
     q, k, v = (golden[n].transpose(1, 2) for n in "qkv")
     policy = Quest(budget=32, page=8, dense_layers=0)
     layer = _paged(k, 8)
-    close(policy.bounds(q[:, 0], layer.low, layer.high), golden["U"], 1e-5)
+    close(bounds(q[:, 0], layer.low, layer.high), golden["U"], 1e-5)
     pages = policy.select(q[:, 0], layer.low, layer.high, torch.tensor([77, 77]))
     kept = (torch.arange(77) // 8 == pages[..., None]).any(2)
     assert kept.equal(golden["mask"][:, :, 0].bool())
@@ -120,7 +121,7 @@ def test_quest_bounds_hold():
     scores = torch.einsum("bhk,bshk->bhs", q, k.repeat_interleave(2, 2))
     for page in (1, 7):
         layer = _paged(k, page)
-        bound = Quest(budget=7, page=page).bounds(q, layer.low, layer.high)
+        bound = bounds(q, layer.low, layer.high)
         per_token = bound.repeat_interleave(page, 2)[..., :77]
         assert (per_token >= scores - 1e-5).all()
         if page == 1:

@@ -7,10 +7,13 @@ import sys
 import pytest
 import torch
 
+from subquad.ops import cache
+from subquad.ops.attention import token
 from subquad.ops.backend import interpreted
+from subquad.ops.select import pages
 from subquad.policies import quest
 from subquad.policies.base import Call, Site
-from subquad.policies.parts import chosen, lines
+from subquad.policies.parts import lines
 
 inside = pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPRET=1")
 
@@ -63,6 +66,54 @@ def test_quest(options, window, monkeypatch):
         return torch.cat(out, 1)
 
     found = answers()
-    for module in (quest, chosen):
+    for module in (cache, pages, token):
         monkeypatch.setattr(module, "interpreted", lambda: False)
     torch.testing.assert_close(found, answers())
+
+
+@inside
+@pytest.mark.parametrize(
+    "name", ["full", "quest", "quest, frontier", "quest, alone", "snapkv", "duo", "streaming"]
+)
+def test_counted_on_the_device(name, monkeypatch):
+    """A token's kernels with its place in a tensor; memory that runs out and grows."""
+    from policy_kit import tiny
+    from test_steps import CASES, answer
+
+    model = tiny().float()
+    found, _ = answer(model, CASES[name](), counted=True, new=10)
+    for module in (cache, pages, token):
+        monkeypatch.setattr(module, "interpreted", lambda: False)
+    want, _ = answer(model, CASES[name](), counted=False, new=10)
+    torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
+
+
+@inside
+@pytest.mark.parametrize("current", [False, True])
+@pytest.mark.parametrize("tokens", [5, 16, 17, 311, 320])
+def test_best_pages(tokens, current):
+    """Many equal scores, fewer pages than asked for, a window, pages that nobody wrote."""
+    generator = torch.Generator().manual_seed(tokens)
+    q = torch.randint(-1, 2, (2, 4, 16), generator=generator).float()
+    low = torch.randint(-1, 1, (2, 25, 2, 16), generator=generator).float()
+    high = low + 1
+    there, window = -(-tokens // 16), 130
+    low[:, there:], high[:, there:] = torch.nan, torch.nan
+    options = {"page": 16, "share": current, "current": current}
+    for own in (None, window):
+        found = pages.best(q, low, high, 6, tokens=tokens, window=own, **options)
+        clock = torch.tensor([tokens - 3])
+        by_clock = pages.best(q, low, high, 6, tokens=3, clock=clock, window=own, **options)
+        assert torch.equal(by_clock, found)
+        score = pages.bounds(q.double(), low.double(), high.double(), share=current)
+        page, last = torch.arange(25), (tokens - 1) // 16
+        seen = (page < last) if current else (page <= last)
+        if own is not None:
+            seen &= page >= max(tokens - own, 0) // 16
+        score = score.masked_fill(~seen, -torch.inf)
+        order = score.sort(dim=-1, descending=True, stable=True)
+        best = torch.where(order[0][..., :6] > -torch.inf, order[1][..., :6], 99).sort(-1)[0]
+        want = torch.where(best < 99, best * 16, -1).int()
+        assert torch.equal(found[..., :6], want)
+        if current:
+            assert (found[..., 6] == last * 16).all()

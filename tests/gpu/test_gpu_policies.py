@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from subquad.policies.base import Call, Site, create_policy
+from subquad.ops.attention.token import token
+from subquad.ops.select.pages import best, bounds
+from subquad.policies.base import Call, Policy, Site, create_policy
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,6 +21,11 @@ CASES = [
     ("quest", {"budget": 128, "dense_layers": 0}),
     ("quest", {"budget": 128, "variant": "frontier"}),
 ]
+
+
+def plain_token(q, k, v, *clock, **options):
+    """A token without kernels, in float64."""
+    return token(q.double(), k.double(), v.double(), *clock, **options).to(v.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -47,7 +54,7 @@ def test_kernels_are_the_choice(name, options, T, dtype, monkeypatch):
 
     by_kernels = run()
     monkeypatch.setattr(chosen, "_kernels", lambda *a: chosen._gathered(*a))
-    monkeypatch.setattr(chosen, "_by_token", lambda *a: chosen._alone(*a, None))
+    monkeypatch.setattr(chosen, "token", plain_token)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
     torch.testing.assert_close(by_kernels, run(), atol=tolerance, rtol=tolerance)
 
@@ -114,37 +121,126 @@ def test_diagonals_by_the_kernels(T, S):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("P", "K"), [(1, 64), (100, 128), (8192, 96)])
 def test_bounds_by_the_kernel(P, K, dtype):
-    from subquad.policies import Quest
-
     torch.manual_seed(0)
     q = torch.randn(2, 12, K, device="cuda").to(dtype)
     a, b = torch.randn(2, 2, P, 2, K, device="cuda").to(dtype)
     low, high = torch.minimum(a, b), torch.maximum(a, b)
-    found = Quest().bounds(q, low, high)
-    want = Quest().bounds(q.double(), low.double(), high.double())
+    found = bounds(q, low, high)
+    want = bounds(q.double(), low.double(), high.double())
     torch.testing.assert_close(found, want.float(), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("current", [False, True])
+@pytest.mark.parametrize(("P", "tokens"), [(64, 1000), (9000, 131_000), (40_000, 640_000)])
+def test_best_pages_by_the_kernel(P, tokens, current):
+    torch.manual_seed(0)
+    q = torch.randn(2, 12, 64, device="cuda")
+    a, b = torch.randn(2, 2, P, 2, 64, device="cuda")
+    low, high = torch.minimum(a, b), torch.maximum(a, b)
+    options = {"page": 16, "share": current, "current": current}
+    found = best(q, low, high, 64, tokens=tokens, **options)
+    clock = torch.tensor([tokens - 1], device="cuda")
+    assert torch.equal(best(q, low, high, 64, tokens=1, clock=clock, **options), found)
+    last = (tokens - 1) // 16
+    score = bounds(q, low, high, share=current)[..., : last if current else last + 1]
+    order = score.sort(dim=-1, descending=True, stable=True).indices[..., :64]
+    n = order.shape[-1]
+    assert torch.equal(found[..., :n], 16 * order.sort(-1).values.int())
+    rest = found[..., n:]
+    assert torch.equal(rest[..., :-1], torch.full_like(rest[..., :-1], -1))
+    if rest.numel():
+        assert (rest[..., -1] == (16 * last if current else -1)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("size", "n", "lists"), [(16, 64, 12), (7, 5, 2), (1, 300, 4)])
-def test_a_token_by_the_kernel(size, n, lists, dtype):
-    """Some spans are none, some reach over the end; in float64, the same keys copied."""
-    from subquad.ops.attention.triton.token import token
-    from subquad.policies.parts import chosen
+@pytest.mark.parametrize("window", [None, 911])
+@pytest.mark.parametrize(
+    ("size", "n", "lists"), [(16, 64, 12), (7, 5, 2), (1, 300, 4), (1, 0, 0)], ids=str
+)
+def test_a_token_by_the_kernel(size, n, lists, window, dtype):
+    """Some spans are none, some reach over the end, behind which memory holds anything; in
+    float64, the same keys copied."""
+    torch.manual_seed(0)
+    S, room = 1111, 100
+    q = torch.randn(2, 1, 12, 128, device="cuda").to(dtype)
+    k, v = torch.randn(2, 2, S + room, 2, 128, device="cuda").to(dtype)
+    starts = None
+    if n:
+        starts = torch.rand(2, lists, S // size + 1, device="cuda").argsort(-1)[..., :n] * size
+        starts[:, :, 1::9] = -1
+    options = {"starts": starts, "size": size, "scale": 0.1, "window": window}
+    want = plain_token(q, k[:, :S], v[:, :S], **options)
+    k[:, S:], v[:, S:] = torch.nan, torch.nan
+    clock = torch.tensor([S - 5], device="cuda")
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    found = token(q, k, v, clock, 4, **options)
+    torch.testing.assert_close(found, want, atol=tolerance, rtol=tolerance)
+    if n:
+        found = token(q, k[:, :S], v[:, :S], **options)
+        torch.testing.assert_close(found, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("at", "ring", "page"), [(32, None, 8), (37, None, 8), (37, (2, 11), 0)])
+def test_a_token_is_appended(at, ring, page, dtype):
+    from subquad.ops import cache
 
     torch.manual_seed(0)
-    S, policy = 1111, create_policy("quest", dense_layers=0)
-    q = torch.randn(2, 1, 12, 128, device="cuda").to(dtype)
-    k, v = torch.randn(2, 2, S, 2, 128, device="cuda").to(dtype)
-    starts = torch.rand(2, lists, S // size + 1, device="cuda").argsort(-1)[..., :n] * size
-    starts[:, :, 1::9] = -1
-    found = token(q, k, v, starts, size, scale=0.1, first=200)
-    site = Site(5, 8, heads=12, kv_heads=2, head_dim=128, window=S - 200)
-    layer = policy.layer(Site(5, 8, 12, 2, 128, None))
-    layer.update(k.double().transpose(1, 2), v.double().transpose(1, 2))
-    places = torch.full((2, 1), S - 1, device="cuda")
-    wide = (x.double() for x in (q, k[:, -1:], v[:, -1:]))
-    call = Call(site, *wide, layer, 0.1, None, places, lambda x, p: x)
-    want = chosen._alone(call, starts[:, :, None], size, None).to(dtype)
-    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(found, want, atol=tolerance, rtol=tolerance)
+    memory, limits = torch.randn(2, 3, 40, 2, 96), torch.randn(2, 3, 5, 2, 96)
+    k, v = torch.randn(2, 3, 2, 1, 96).transpose(2, 3)
+    k, v, memory, limits = (x.cuda().to(dtype) for x in (k, v, memory, limits))
+    made = []
+    for run, given in ((cache._append, None), (cache.append, None), (cache.append, at - 3)):
+        held, own = memory.clone(), limits.clone()
+        clock = None if given is None else torch.tensor([given], device="cuda")
+        bounds = (*own, page) if page else None
+        if run is cache.append:
+            run(k, v, *held, at if clock is None else 3, clock, ring=ring, bounds=bounds)
+        else:
+            run(k, v, *held, at, None, ring, bounds)
+        made.append(torch.cat([held.flatten(), own.flatten()]))
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize(
+    "name", ["full", "quest", "frontier", "snapkv", "duo", "streaming", "vertical_slash"]
+)
+def test_recorded_tokens(name):
+    """Tokens from a CUDA graph are those launched one by one: rooms that run out, and a piece of
+    text in between."""
+    import transformers
+
+    import subquad
+
+    policy = {
+        "full": Policy,
+        "quest": lambda: create_policy("quest", budget=128, dense_layers=1),
+        "frontier": lambda: create_policy("quest", budget=128, variant="frontier"),
+        "snapkv": lambda: create_policy("snapkv", capacity=128),
+        "duo": lambda: create_policy("duo", gates=((1, 0), (0, 0), (0, 1)), sinks=4, window=60),
+        "streaming": lambda: create_policy("streaming_llm", sinks=4, window=600),
+        "vertical_slash": lambda: create_policy("vertical_slash", vertical=60, slash=120),
+    }[name]()
+    torch.manual_seed(0)
+    made = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(made).eval().cuda()
+    ids, outs = torch.randint(500, (2, 577), device="cuda"), []
+    with torch.inference_mode(), subquad.apply(model, policy) as on:
+        for recorded in (False, True):
+            cache, out = on.new_cache(), []
+            model(ids, past_key_values=cache, logits_to_keep=1)
+            step = on.steps(cache, room=13)
+            assert step.repeats
+            for t in range(45):
+                if t == 20:
+                    model(ids[:, :3], past_key_values=cache)
+                one = ids[:, t : t + 1]
+                logits = step(one) if recorded else model(one, past_key_values=cache).logits[:, -1]
+                out.append(logits.clone())
+            outs.append(torch.stack(out))
+            assert {layer.seen for layer in cache.held} == {577 + 48}
+    torch.testing.assert_close(outs[1], outs[0], atol=2e-3, rtol=2e-3)

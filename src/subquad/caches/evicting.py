@@ -20,15 +20,13 @@ class EvictingLayer(KVLayer):
     """Everything until :meth:`evict`; then what was chosen, and all that follows it.
 
     Attributes:
-        places: int32 ``[B,S,N]``, where each held token stands in its row, -1 where a row holds
-            less than others (at its start).
         blank: how many entries those are in each row; None before the choice.
         queries: ``[B,w,H,K]``, of the last tokens, for a choice that waits; else None.
     """
 
     def _clear(self) -> None:
         super()._clear()
-        self._places = Rows()
+        self._places: Tensor | None = None
         self.blank: list[int] | None = None
         self.queries: Tensor | None = None
 
@@ -38,12 +36,21 @@ class EvictingLayer(KVLayer):
 
     @property
     def places(self) -> Tensor:
-        return self._places.data
+        """int32 ``[B,S,N]``, where each held token stands in its row, -1 where a row holds less
+        than others (at its start)."""
+        assert self._places is not None, "nothing chosen yet"
+        B, n, N = self._places.shape
+        after = torch.arange(
+            self.seen - (self.keys.shape[1] - n), self.seen, device=self._places.device
+        )
+        start = torch.tensor(self.starts or [0], device=after.device)[:, None]
+        after = (after - start).int()[..., None].expand(B, -1, N)
+        return torch.cat([self._places, after], 1)
 
     @property
     def nbytes(self) -> int:
-        watched = 0 if self.queries is None else self.queries.untyped_storage().nbytes()
-        return super().nbytes + self._places.nbytes + watched
+        held = (x for x in (self._places, self.queries) if x is not None)
+        return super().nbytes + sum(x.untyped_storage().nbytes() for x in held)
 
     def watch(self, q: Tensor, last: int) -> None:
         """Remember the ``last`` queries of ``q [B,T,H,K]`` and of those before."""
@@ -69,33 +76,27 @@ class EvictingLayer(KVLayer):
             for x in (self.keys, self.values)
         )
         places = [_filled(index.T.to(torch.int32), most, -1) for index in held]
-        self._keys, self._values, self._places = Rows(k), Rows(v), Rows(torch.stack(places))
+        self._keys, self._values, self._places = Rows(k), Rows(v), torch.stack(places)
         self.blank, self.queries = [most - index.shape[1] for index in held], None
 
     def store(self, k: Tensor, v: Tensor) -> None:
-        if self.compressed:
-            N, T = self.places.shape[2], k.shape[1]
-            if k.shape[2] < N:
-                k, v = (x.repeat_interleave(N // x.shape[2], 2) for x in (k, v))
-            place = torch.arange(self.seen - T, self.seen, dtype=torch.int32, device=k.device)
-            if self.starts is not None:  # a copy to the device, for which the host would wait
-                place = (
-                    place - torch.tensor(self.starts, dtype=torch.int32, device=k.device)[:, None]
-                )
-            self._places.append(place[..., None].expand(k.shape[0], T, N))
+        if self._places is not None and k.shape[2] < self._places.shape[2]:
+            share = self._places.shape[2] // k.shape[2]
+            k, v = (x.repeat_interleave(share, 2) for x in (k, v))
         super().store(k, v)
 
     def row(self, b: int) -> KVLayer:
-        if self.blank is None:
+        if self.blank is None or self._places is None:
             return super().row(b)
         alone, own, held = EvictingLayer(), slice(b, b + 1), slice(self.blank[b], None)
         alone.seen, alone.blank = self.seen - (self.starts[b] if self.starts else 0), [0]
         alone._keys, alone._values = Rows(self.keys[own, held]), Rows(self.values[own, held])
-        alone._places = Rows(self.places[own, held])
+        alone._places = self._places[own, held]
         return alone
 
     def select(self, rows: Tensor) -> None:
-        self._places.select(rows)
+        if self._places is not None:
+            self._places = self._places.index_select(0, rows.to(self._places.device))
         if self.blank is not None:
             self.blank = [self.blank[b] for b in rows.tolist()]
         if self.queries is not None:

@@ -5,12 +5,15 @@ Legend: B batch, T new tokens, S cached entries, G key/value heads, K head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from subquad.ops.cache import append
 
 
 class Rows:
@@ -23,8 +26,13 @@ class Rows:
     @property
     def data(self) -> Tensor:
         """``[B,S,...]``, a view of what is filled."""
+        return self.memory[:, : self.length]
+
+    @property
+    def memory(self) -> Tensor:
+        """``[B,R,...]``, with the room that is left."""
         assert self._memory is not None, "nothing appended yet"
-        return self._memory[:, : self.length]
+        return self._memory
 
     @property
     def nbytes(self) -> int:
@@ -33,15 +41,26 @@ class Rows:
     def append(self, x: Tensor) -> None:
         """Add ``x [B,T,...]``."""
         end = self.length + x.shape[1]
-        if self._memory is None or end > self._memory.shape[1]:
-            # A first (prompt-sized) allocation is exact; later ones leave room for an eighth more.
-            room = end if self._memory is None else end + max(64, end // 8)
-            grown = x.new_empty(x.shape[0], room, *x.shape[2:])
-            if self._memory is not None:
-                grown[:, : self.length] = self.data
-            self._memory = grown
-        self._memory[:, self.length : end] = x
+        if self._memory is None:  # a first, prompt-sized allocation is exact
+            self._memory = x.new_empty(x.shape[0], end, *x.shape[2:])
+        self.extend(x.shape[1])
+        self._memory[:, self.length - x.shape[1] :][:, : x.shape[1]] = x
+
+    def extend(self, n: int) -> Tensor:
+        """Count ``n`` more, which the caller writes into the memory that is returned,
+        ``[B,R,...]``; where it has to grow it leaves room for an eighth more."""
+        end = self.length + n
+        if end > self.memory.shape[1]:
+            self.reserve(n + max(64, end // 8))
         self.length = end
+        return self.memory
+
+    def reserve(self, n: int) -> None:
+        """Make room for ``n`` more."""
+        held = self.memory
+        if self.length + n > held.shape[1]:
+            self._memory = held.new_empty(held.shape[0], self.length + n, *held.shape[2:])
+            self._memory[:, : self.length] = held[:, : self.length]
 
     def replace(self, x: Tensor) -> None:
         """Hold ``x [B,S,...]`` and nothing else; what was held is freed."""
@@ -56,6 +75,16 @@ class Rows:
         """Keep the batch rows ``rows``, in that order."""
         if self._memory is not None:
             self.replace(self.data.index_select(0, rows.to(self.data.device)))
+
+
+class Held(NamedTuple):
+    """What a token of :func:`subquad.ops.attention.token.token` may read, its first arguments
+    after the query; with a clock the whole memory, with the room that is left."""
+
+    keys: Tensor
+    values: Tensor
+    clock: Tensor | None = None
+    shift: int = 0
 
 
 class KVLayer(CacheLayerMixin):
@@ -73,6 +102,9 @@ class KVLayer(CacheLayerMixin):
         starts: columns of padding at the start of each row; None where there is none. The hook
             sets it before the layer is fed.
         keys, values: ``[B,S,G,K]``.
+        clock: int64 ``[1]`` on the device, what was seen before the token that is decoded. While it
+            is set, a token's launches depend on no number of the host, so that they can be recorded
+            and repeated; there must be room (:meth:`reserve`) and no padding.
     """
 
     is_sliding = False
@@ -88,6 +120,7 @@ class KVLayer(CacheLayerMixin):
         """Everything as at the start; what a subclass holds besides, it clears here too."""
         self.seen = 0
         self.starts: list[int] | None = None
+        self.clock: Tensor | None = None
         self._keys, self._values = Rows(), Rows()
         self.is_initialized = False
 
@@ -136,13 +169,44 @@ class KVLayer(CacheLayerMixin):
 
     def store(self, k: Tensor, v: Tensor) -> None:
         """Keep the new ``k [B,T,G,K]`` and ``v [B,T,G,V]``, which ``seen`` counts already."""
-        if self._window is not None:
+        if self._window is not None and self.clock is None:
             over = self._keys.length - (self._window - 1)
             if over > max(64, self._window // 8):
                 self._keys.drop(over)
                 self._values.drop(over)
-        self._keys.append(k)
-        self._values.append(v)
+        if k.shape[1] == 1 and self._keys.length:
+            self._append(k, v)
+        else:
+            self._keys.append(k)
+            self._values.append(v)
+
+    def _append(self, k: Tensor, v: Tensor, **more: Any) -> None:
+        """One token, in place."""
+        memory = self._keys.extend(1), self._values.extend(1)
+        at = self._keys.length - 1
+        append(k, v, *memory, at if self.clock is None else self._shift, self.clock, **more)
+
+    @property
+    def _shift(self) -> int:
+        """What dropped tokens take from the index of the others."""
+        return self._keys.length - self.seen
+
+    def held(self) -> Held:
+        """The keys and values of a token that is decoded."""
+        if self.clock is None:
+            return Held(self.keys, self.values)
+        return Held(self._keys.memory, self._values.memory, self.clock, self._shift)
+
+    def reserve(self, n: int) -> None:
+        """Make room for ``n`` more tokens."""
+        self._keys.reserve(n)
+        self._values.reserve(n)
+
+    def advance(self) -> None:
+        """Count a token that a repeated launch has stored."""
+        self.seen += 1
+        self._keys.extend(1)
+        self._values.extend(1)
 
     def row(self, b: int) -> KVLayer:
         """Row ``b`` without its padding, as a plain layer that shares this one's memory."""
@@ -214,6 +278,28 @@ class PolicyCache(Cache):
     @property
     def held(self) -> list[KVLayer]:
         return cast(list[KVLayer], self.layers)
+
+    def reserve(self, n: int) -> None:
+        """Make room for ``n`` more tokens."""
+        for layer in self.held:
+            layer.reserve(n)
+
+    def advance(self) -> None:
+        """Count a token that repeated launches have stored."""
+        for layer in self.held:
+            layer.advance()
+
+    @contextmanager
+    def counted_by(self, clock: Tensor) -> Iterator[None]:
+        """Within, the token that is decoded is stored and read by ``clock`` (int64 ``[1]``, on the
+        device), not by the host's count."""
+        for layer in self.held:
+            layer.clock = clock
+        try:
+            yield
+        finally:
+            for layer in self.held:
+                layer.clock = None
 
     @property
     def nbytes(self) -> int:

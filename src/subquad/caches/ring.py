@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subquad.caches.kv import KVLayer, Rows
+from subquad.caches.kv import Held, KVLayer, Rows
+from subquad.ops.cache import append
 
 
 class RingLayer(KVLayer):
@@ -68,6 +69,8 @@ class RingLayer(KVLayer):
     def counted(self, device: torch.device) -> Tensor:
         """:meth:`lengths` as int64 ``[B,1]``; the host waits for the device only where rows are
         padded."""
+        if self.clock is not None:
+            return (self.clock + 1).expand(self._batch, 1)
         if self.starts is None:
             return torch.full((self._batch, 1), self.settled, device=device)
         return torch.tensor(self.lengths(), device=device)[:, None]
@@ -97,9 +100,8 @@ class RingLayer(KVLayer):
         k, v = self._new
         (B, T), device = k.shape[:2], k.device
         if T == 1 and self.starts is None:  # nothing to be asked of the device
-            last = self.seen - 1
-            own = last if last < self.sinks else self.sinks + (last - self.sinks) % self.window
-            self.ring[0][:, own], self.ring[1][:, own] = k[:, 0], v[:, 0]
+            at = self.seen - 1 if self.clock is None else 0
+            append(k, v, *self.ring, at, self.clock, ring=(self.sinks, self.window))
             self.settled, self._new = self.seen, None
             return
         start = torch.tensor(self.starts or [0], device=device)[:, None]
@@ -109,6 +111,22 @@ class RingLayer(KVLayer):
         row = torch.arange(B, device=device)[:, None]
         self.ring[0][row, slot], self.ring[1][row, slot] = k, v
         self.settled, self._new = self.seen, None
+
+    def held(self) -> Held:
+        """What is filled, in no order."""
+        assert self.ring is not None
+        k, v = self.ring
+        if self.clock is not None:
+            return Held(k[:, : self.slots], v[:, : self.slots], self.clock)
+        filled = min(max(self.lengths()), self.slots)
+        return Held(k[:, :filled], v[:, :filled])
+
+    def reserve(self, n: int) -> None:
+        pass
+
+    def advance(self) -> None:
+        self.seen += 1
+        self.settled = self.seen
 
     def row(self, b: int) -> KVLayer:
         alone, start = KVLayer(), (self.starts or [0] * (b + 1))[b]

@@ -14,27 +14,6 @@ from subquad.caches.kv import KVLayer
 from subquad.caches.ring import RingLayer
 
 
-class WaitingRing(RingLayer):
-    """A ring that sorts in single tokens, too, only when it is told to: s + w tokens are held while
-    the new ones are attended to."""
-
-    def store(self, k: Tensor, v: Tensor) -> None:
-        super().store(k[:, :0], v[:, :0])
-        self._new = k, v
-
-    def around(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values ``[B, s + w + 1, G, K]`` of a full ring and the one new token, in no
-        order; None where there is another number of either."""
-        if self.starts is not None or self._new is None or self._new[0].shape[1] != 1:
-            return None
-        if self.settled < self.slots:
-            return None
-        assert self.ring is not None
-        for held, new in zip(self.ring, self._new, strict=True):
-            held[:, -1] = new[:, 0]  # the slot that nobody keeps
-        return self.ring
-
-
 class SplitLayer(KVLayer):
     """Whole heads and streaming heads.
 
@@ -45,7 +24,7 @@ class SplitLayer(KVLayer):
 
     def __init__(self, streaming: Tensor, sinks: int, window: int, own: int | None = None) -> None:
         """Args:
-        streaming: bool ``[G]``; sinks, window: what these heads keep.
+        streaming: bool ``[G]``; sinks, window: what these heads keep, besides the newest token.
         own: the model's own window here, beyond which no head need keep anything.
         """
         self._made = streaming, sinks, window, own
@@ -56,7 +35,7 @@ class SplitLayer(KVLayer):
         streaming, sinks, window, own = self._made
         kinds: list[tuple[bool, KVLayer]] = [
             (False, KVLayer(own)),
-            (True, WaitingRing(sinks, min(window, own or window))),
+            (True, RingLayer(sinks, min(window + 1, own or window + 1))),
         ]
         streams = streaming.tolist()
         parts = [(tuple(g for g, s in enumerate(streams) if s is kind), p) for kind, p in kinds]
@@ -68,8 +47,17 @@ class SplitLayer(KVLayer):
 
     def store(self, k: Tensor, v: Tensor) -> None:
         for heads, part in self.parts:
-            part.starts = self.starts
+            part.starts, part.clock = self.starts, self.clock
             part.update(*(taken(x, heads).transpose(1, 2) for x in (k, v)))
+
+    def reserve(self, n: int) -> None:
+        for _, part in self.parts:
+            part.reserve(n)
+
+    def advance(self) -> None:
+        self.seen += 1
+        for _, part in self.parts:
+            part.advance()
 
     def settle(self) -> None:
         """The new tokens have been attended to: streaming heads drop what they need not keep."""

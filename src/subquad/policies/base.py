@@ -19,6 +19,7 @@ from subquad.caches.kv import KVLayer
 from subquad.mask import Mask
 from subquad.ops import checks
 from subquad.ops.attention import attention
+from subquad.ops.attention.token import token
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class Call:
 
     def dense(self) -> Tensor:
         """Attend to everything that the layer holds, ``[B,T,H,V]``: the model without a policy."""
+        if self.layer.clock is not None:
+            return token(self.q, *self.layer.held(), scale=self.scale, window=self.site.window)
         return self.attend()
 
     def count(self, pairs: int | Tensor) -> None:
@@ -232,6 +235,11 @@ class Policy:
     def settle(self, call: Call) -> None:
         """After the attention of a prompt, or a piece of one: drop what the cache will not keep."""
 
+    def repeats(self, site: Site) -> bool:
+        """Whether a decoded token makes the same launches whatever the length, once its layer has a
+        ``clock``, so that a GPU can repeat them."""
+        return not self.shapes_decode and not self.reads
+
     @property
     def reads(self) -> bool:
         """Whether it reads another text in a prompt's place."""
@@ -309,6 +317,9 @@ class Joined(Policy):
 
     def settle(self, call: Call) -> None:
         self.answer.settle(call)
+
+    def repeats(self, site: Site) -> bool:
+        return self.answer.repeats(site)
 
 
 def create_policy(name: str, **options: Any) -> Policy:

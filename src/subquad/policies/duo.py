@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from subquad import mask
-from subquad.caches.split import SplitLayer, WaitingRing, taken
+from subquad.caches.ring import RingLayer
+from subquad.caches.split import SplitLayer, taken
 from subquad.ops import checks
 from subquad.ops.attention import attention
+from subquad.ops.attention.token import token
 from subquad.policies.base import Call, Policy, Site
 from subquad.policies.calibration import load_calibration, save_calibration
 from subquad.policies.parts.identify import Identification, identify, tokenizer_of
@@ -104,6 +106,9 @@ class Duo(Policy):
         self.settle(call)
         return o
 
+    def repeats(self, site: Site) -> bool:
+        return True
+
     def settle(self, call: Call) -> None:
         assert isinstance(call.layer, SplitLayer)
         call.layer.settle()
@@ -115,9 +120,12 @@ class Duo(Policy):
         found: dict[int, Tensor] = {}
         for heads, part in layer.parts:
             q = taken(call.q, heads, share)
-            around = part.around() if isinstance(part, WaitingRing) else None
-            if around is not None and call.tally is None and call.site.window is None:
-                o = attention(q, *around, scale=call.scale)
+            if q.shape[1] == 1 and (isinstance(part, RingLayer) or part.clock is not None):
+                # A ring holds nothing that its token does not see.
+                held = part.held()
+                call.count(held.keys.shape[1] * q.shape[2] * q.shape[0])
+                window = None if isinstance(part, RingLayer) else call.site.window
+                o = token(q, *held, scale=call.scale, window=window)
             else:
                 read = self._stream if streaming[heads[0]] else self._whole
                 o = read(call, q, part.keys, part.values)

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from subquad.caches.kv import PolicyCache
 from subquad.ops import checks
 from subquad.policies.base import Call, Policy, Site, Tally
+from subquad.policies.steps import ROOM, Steps
 
 NAME = "subquad"
 
@@ -184,6 +185,18 @@ class Applied:
     def new_cache(self) -> PolicyCache:
         """An empty cache of the policy's layers, to pass as ``past_key_values``."""
         return PolicyCache([self.policy.layer(_sites[m].site) for m in self._modules])
+
+    def steps(self, cache: PolicyCache, room: int = ROOM) -> Steps:
+        """Decode from ``cache``, token after token; on a GPU the launches are recorded and
+        repeated. See :class:`~subquad.policies.steps.Steps`."""
+        return Steps(self, cache, room)
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the model's rotations follow the length, which the host is asked for."""
+        kinds = getattr(self._rotary, "rope_type", "default")
+        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+        return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
     def _give_cache(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Swap a fresh cache of transformers for one of the policy's."""

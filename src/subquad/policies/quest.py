@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.caches.kv import KVLayer
 from subquad.caches.paged import PagedLayer
 from subquad.ops import checks
-from subquad.ops.backend import interpreted
+from subquad.ops.select import pages
 from subquad.policies.base import Call, Policy, Site
 from subquad.policies.parts import chosen
 
@@ -55,7 +54,7 @@ class Quest(Policy):
             raise ValueError(f"budget must be at least page={self.page}, got {self.budget}")
 
     def layer(self, site: Site) -> KVLayer:
-        default = 2 if self.variant == "original" else 0
+        default = 2 if self.original else 0
         dense = default if self.dense_layers is None else self.dense_layers
         return KVLayer(site.window) if site.index < dense else PagedLayer(self.page)
 
@@ -63,39 +62,30 @@ class Quest(Policy):
         layer = call.layer
         if not isinstance(layer, PagedLayer):
             return call.dense()
-        if call.real is None and call.site.window is None and layer.low.shape[1] > 1:
-            pages = self._all_there(call.q[:, 0], layer.low, layer.high)
-            tokens = pages * self.page
+        q, window, low, high = call.q[:, 0], call.site.window, *layer.limits()
+        if layer.starts is None and pages.by_kernels(q, low):
+            starts = pages.best(
+                q, low, high, self.pages, page=self.page, window=window,
+                tokens=layer.seen if layer.clock is None else 1, clock=layer.clock,
+                share=self.share and not self.original, current=not self.original,
+            )  # fmt: skip
         else:
-            lengths = torch.tensor(layer.lengths(), device=call.q.device)
-            pages = self.select(call.q[:, 0], layer.low, layer.high, lengths, call.site.window)
-            start = torch.tensor(call.starts, device=call.q.device)[:, None, None]
-            tokens = torch.where(pages < 0, -1, start + pages * self.page)
-        return chosen.attend(call, tokens[:, :, None], self.page, 1)
+            found = self.select(q, low, high, layer.counted(q.device), window)
+            start = torch.tensor(call.starts, device=q.device)[:, None, None]
+            starts = torch.where(found < 0, -1, start + found * self.page)
+        return chosen.attend(call, starts[:, :, None], self.page, 1)
 
-    def _all_there(self, q: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """:meth:`select` where every page is there: a launch saved is time saved."""
-        if self.variant == "original":
-            score = self.bounds(q, low, high)
-            n = min(max(3, self.budget // self.page), score.shape[-1])
-            return score.topk(n, -1, sorted=False).indices
-        last = low.shape[1] - 1
-        score = self.bounds(q, low[:, :last], high[:, :last])
-        if self.share:
-            score = score.unflatten(1, (low.shape[2], -1)).sum(2)
-        best = score.topk(min(self.budget // self.page, last), -1, sorted=False).indices
-        return F.pad(best, (0, 1), value=last)
+    def repeats(self, site: Site) -> bool:
+        return True
 
-    def bounds(self, q: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """The largest score, without scale, that a key between ``low`` and ``high [B,P,G,K]`` could
-        have with ``q [B,H,K]``: sum over features of max(q low, q high), ``[B,H,P]``."""
-        if (q.is_cuda or interpreted()) and q.dtype != torch.float64:
-            from subquad.ops.select import triton
+    @property
+    def original(self) -> bool:
+        return self.variant == "original"
 
-            return triton.bounds(q, low, high)
-        grouped = q.unflatten(1, (low.shape[2], -1))
-        up = torch.einsum("bgrk,bpgk->bgrp", grouped.clamp_min(0), high)
-        return (up + torch.einsum("bgrk,bpgk->bgrp", grouped.clamp_max(0), low)).flatten(1, 2)
+    @property
+    def pages(self) -> int:
+        """How many are chosen; the current one counts in the original."""
+        return max(3, self.budget // self.page) if self.original else self.budget // self.page
 
     def select(
         self, q: Tensor, low: Tensor, high: Tensor, tokens: Tensor, window: int | None = None
@@ -109,20 +99,17 @@ class Quest(Policy):
         Returns:
             int ``[B,H,n]`` (``[B,G,n]`` where shared), the best first, -1 where a row has fewer.
         """
-        P, G = low.shape[1:3]
-        page = torch.arange(P, device=q.device)
+        page = torch.arange(low.shape[1], device=q.device)
         there = page < -(-tokens[:, None] // self.page)
         if window is not None:
             there &= (page + 1) * self.page > tokens[:, None] - window
         # Bounds of pages that are not there are infinite.
         low, high = (x.masked_fill(~there[..., None, None], 0) for x in (low, high))
-        score = self.bounds(q, low, high)
-        if self.variant == "original":
-            return self._best(score, there, max(3, self.budget // self.page))
-        if self.share:
-            score = score.unflatten(1, (G, -1)).sum(2)
+        score = pages.bounds(q, low, high, share=self.share and not self.original)
+        if self.original:
+            return self._best(score, there, self.pages)
         current = (tokens[:, None] - 1) // self.page
-        best = self._best(score, there & (page < current), self.budget // self.page)
+        best = self._best(score, there & (page < current), self.pages)
         return torch.cat([best, current[:, None].expand(-1, best.shape[1], 1)], -1)
 
     def _best(self, score: Tensor, there: Tensor, n: int) -> Tensor:

@@ -34,6 +34,9 @@ class SnapKV(Compress):
 
     capacity: int = 2048
 
+    def repeats(self, site: Site) -> bool:
+        return site.window is None  # which of the kept tokens it hides follows from their places
+
     def gather(self, weights: Tensor) -> Tensor:
         return weights.sum(1)
 

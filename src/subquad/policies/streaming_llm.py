@@ -17,6 +17,7 @@ from subquad import mask
 from subquad.caches.ring import RingLayer
 from subquad.ops import checks
 from subquad.ops.attention import attention, merge
+from subquad.ops.attention.token import token
 from subquad.policies.base import Call, Policy, Site
 
 
@@ -52,6 +53,9 @@ class StreamingLLM(Policy):
     def layer(self, site: Site) -> RingLayer:
         # A model's own window sees no further than it was trained to.
         return RingLayer(self.sinks, min(self.window, site.window or self.window))
+
+    def repeats(self, site: Site) -> bool:
+        return True
 
     def settle(self, call: Call) -> None:
         assert isinstance(call.layer, RingLayer)
@@ -90,10 +94,9 @@ class StreamingLLM(Policy):
     def decode(self, call: Call) -> Tensor:
         layer = call.layer
         assert isinstance(layer, RingLayer)
-        assert layer.ring is not None
         lengths = [min(n, layer.slots) for n in layer.lengths()]
         call.count(sum(lengths) * call.site.heads)
-        k, v = (x[:, : max(lengths)] for x in layer.ring)
+        k, v, clock, _ = layer.held()
         slot = torch.arange(k.shape[1], device=k.device)
         q = call.q
         if self.late_rope:
@@ -103,7 +106,7 @@ class StreamingLLM(Policy):
             k = call.rotate(k, place.clamp_min(0))
             q = call.rotate(q, seen - 1 - gone)
         if min(lengths) == max(lengths):
-            return attention(q, k, v, scale=call.scale)
+            return token(q, k, v, clock, scale=call.scale)
         rows = [
             attention(q[b : b + 1], k[b : b + 1, :n], v[b : b + 1, :n], scale=call.scale)
             for b, n in enumerate(lengths)

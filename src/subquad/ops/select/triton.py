@@ -128,38 +128,6 @@ def window_kernel(
         tl.store(at, mass, mask=(m < T)[:, None] & (j < n))
 
 
-@triton.jit(do_not_specialize=["P"])
-def bound_kernel(
-    Q, LOW, HIGH, OUT, P, H, G, sqb, sqh, slb, slp, slg,
-    GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
-    """The bounds of BP pages for the heads that share a key head."""
-    b, g = tl.program_id(1) // G, tl.program_id(1) % G
-    p, d = tl.program_id(0) * BP + tl.arange(0, BP), tl.arange(0, BK)
-    at = b.to(tl.int64) * slb + g * slg + p.to(tl.int64)[:, None] * slp + d[None, :]
-    there = (p < P)[:, None] & (d < K)[None, :]
-    low = tl.load(LOW + at, mask=there, other=0.0).to(tl.float32)
-    high = tl.load(HIGH + at, mask=there, other=0.0).to(tl.float32)
-    for i in range(GROUP):
-        h = g * GROUP + i
-        q = tl.load(Q + b.to(tl.int64) * sqb + h * sqh + d, mask=d < K, other=0.0).to(tl.float32)
-        u = tl.sum(tl.maximum(q[None, :] * low, q[None, :] * high), 1)
-        tl.store(OUT + (b * H + h).to(tl.int64) * P + p, u, mask=p < P)
-
-
-def bounds(q, low, high):
-    (B, H, K), (P, G) = q.shape, low.shape[1:3]
-    out = torch.empty(B, H, P, dtype=torch.float32, device=q.device)
-    q = q if q.stride(-1) == 1 else q.contiguous()
-    assert low.stride() == high.stride()
-    assert low.stride(3) == 1
-    bound_kernel[(triton.cdiv(P, 32), B * G)](
-        q, low, high, out, P, H, G, *q.stride()[:2], *low.stride()[:3],
-        GROUP=H // G, K=K, BK=triton.next_power_of_2(K), BP=32, num_warps=4,
-    )  # fmt: skip
-    return out
-
-
 @triton.jit
 def run_kernel(NEARER, STARTS, COUNT, REACH, R, n, first, most, S, M, BR: tl.constexpr):
     """Walks the distances of BR rows from far to near: the runs of M keys that they need. Rows that

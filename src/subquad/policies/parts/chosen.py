@@ -15,6 +15,7 @@ from torch import Tensor
 
 from subquad import mask as masks
 from subquad.ops.attention import attention
+from subquad.ops.attention.token import token
 from subquad.ops.backend import interpreted
 from subquad.policies.base import Call
 from subquad.policies.parts import lines
@@ -42,45 +43,25 @@ def attend(
         share = call.site.heads // starts.shape[1]
         for _, _, _, keep in _pieces(call, starts, size, rows, columns):
             call.count(keep.sum() * share)
-    kernels = (call.q.is_cuda or interpreted()) and call.q.dtype != torch.float64
     if call.q.shape[1] == 1:
-        if kernels and columns is None:
-            return _by_token(call, starts, size)
-        return _alone(call, starts, size, columns)
+        return _alone(call, starts[:, :, 0], size, None if columns is None else columns[:, :, 0])
+    kernels = (call.q.is_cuda or interpreted()) and call.q.dtype != torch.float64
     if kernels and call.site.window is None:
         return _kernels(call, starts, size, rows, columns)
     return _gathered(call, starts, size, rows, columns)
 
 
-def _by_token(call: Call, starts: Tensor, size: int) -> Tensor:
-    """One token by a kernel that reads its keys where they are."""
-    from subquad.ops.attention.triton.token import token
-
-    k, v, window = call.layer.keys, call.layer.values, call.site.window
-    first = 0 if window is None else max(k.shape[1] - window, 0)
-    return token(call.q, k, v, starts[:, :, 0], size, scale=call.scale, first=first)
-
-
 def _alone(call: Call, starts: Tensor, size: int, columns: Tensor | None) -> Tensor:
-    """One token: its keys copied, and a dense kernel over them; few launches, as a token's time is
-    mostly theirs."""
-    (B, _, H, _), (S, G) = call.q.shape, call.layer.keys.shape[1:3]
-    N, device = starts.shape[1], call.q.device
-    spans = starts[:, :, 0, :, None]
-    parts = [torch.where(spans < 0, -1, spans + torch.arange(size, device=device)).flatten(2)]
+    """One token, of lists ``[B,N,n]`` and ``[B,N,c]``."""
     if columns is not None:
-        parts.append(columns[:, :, 0])
-    tokens = torch.cat(parts, -1)
-    seen = (tokens >= 0) & (tokens < S)
-    if call.site.window is not None:
-        seen &= tokens > S - 1 - call.site.window
-    row = torch.arange(B, device=device)[:, None, None]
-    head = (torch.arange(N, device=device) * G // N)[:, None]
-    at = tokens.clamp(0, S - 1)
-    k, v = (x[row, at, head] for x in (call.layer.keys, call.layer.values))  # [B,N,L,*]
-    q = call.q.view(B, N, H // N, -1)
-    o = F.scaled_dot_product_attention(q, k, v, seen[:, :, None], scale=call.scale)
-    return o.reshape(B, 1, H, -1)
+        keys = starts[..., None] + torch.arange(size, device=starts.device)
+        spans = torch.where(starts[..., None] < 0, -1, keys).flatten(2)
+        starts, size = torch.cat([spans, columns], -1), 1
+    k, v, clock, shift = call.layer.held()
+    return token(
+        call.q, k, v, clock, shift, starts=starts, size=size, scale=call.scale,
+        window=call.site.window,
+    )  # fmt: skip
 
 
 def _kernels(call: Call, starts: Tensor, size: int, rows: int, columns: Tensor | None) -> Tensor:

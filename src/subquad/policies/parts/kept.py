@@ -12,6 +12,7 @@ from subquad import mask
 from subquad.caches.evicting import EvictingLayer
 from subquad.caches.headwise import HeadwiseLayer
 from subquad.ops.attention import attention, merge
+from subquad.ops.attention.token import token
 from subquad.policies.base import Call
 from subquad.policies.parts.ragged import ragged
 
@@ -35,6 +36,8 @@ def _even(call: Call) -> Tensor:
     layer = call.layer
     assert isinstance(layer, EvictingLayer)
     (B, T, H, _), S = call.q.shape, layer.keys.shape[1]
+    if layer.clock is not None:
+        return token(call.q, *layer.held(), scale=call.scale)
     if not _bites(call):
         call.count(B * H * (T * S - T * (T - 1) // 2))
         return attention(call.q, layer.keys, layer.values, mask.causal(), scale=call.scale)

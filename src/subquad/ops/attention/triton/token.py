@@ -1,4 +1,8 @@
-"""Attention of one token over keys of its choice: few launches, as a token's time is theirs."""
+"""Attention of one token: its keys are dealt out over the GPU, and the parts are merged.
+
+Legend: B batch, H query heads, S keys, G key heads, K head dim, V value dim, N lists (of spans, or
+one for each key head), n spans in a list; a program's BM rows are the heads that share a list.
+"""
 
 from __future__ import annotations
 
@@ -7,65 +11,122 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from subquad.ops.kernel import Kernel
+from subquad.ops.kernel import Kernel, on_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
+PROGRAMS = 256  # about as many as run at once
+TILE = 64  # keys at a time
 
 
-@partial(Kernel, sizes=("S", "first", "n"))
-def token_kernel(
-    Q, K_, V_, STARTS, O, scale, S, first, n, H, G, N,
+@partial(Kernel, sizes=("S", "shift", "window", "n", "splits"))
+def part_kernel(
+    Q, K_, V_, STARTS, CLOCK, O, LSE, scale, S, shift, window, n, splits, H, G, N,
     sqb, sqh, skb, skt, skh, svb, svt, svh,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    SIZE: tl.constexpr, BN: tl.constexpr,
+    GROUP: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head, BN keys of its spans at a time."""
-    b, h = tl.program_id(0) // H, tl.program_id(0) % H
-    d, e = tl.arange(0, BK), tl.arange(0, BV)
-    q = tl.load(Q + b.to(tl.int64) * sqb + h * sqh + d, mask=d < K, other=0.0).to(tl.float32)
-    q *= scale * LOG2E
-    g = h // (H // G)
-    K_ += b.to(tl.int64) * skb + g * skh
-    V_ += b.to(tl.int64) * svb + g * svh
-    STARTS += (b.to(tl.int64) * N + h // (H // N)) * n
-    top = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    acc = tl.zeros([BV], tl.float32)
-    for i in range(0, n * SIZE, BN):
+    """One list, one part of its keys, BN of them at a time."""
+    b, c = (tl.program_id(1) // N).to(tl.int64), tl.program_id(1) % N
+    m, d, e = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, BV)
+    h = c * GROUP + m
+    there = (m < GROUP)[:, None]
+    q = tl.load(
+        Q + b * sqb + h[:, None] * sqh + d[None, :], mask=there & (d < K)[None, :], other=0.0
+    )
+    g = c // (N // G)
+    K_ += b * skb + g * skh
+    V_ += b * svb + g * svh
+    length = S
+    if CLOCK is not None:
+        length = tl.minimum(tl.load(CLOCK).to(tl.int32) + shift + 1, S)
+    first = 0
+    if window > 0:
+        first = tl.maximum(length - window, 0)
+    if STARTS is None:
+        keys = length - first
+    else:
+        keys = n * SIZE
+        STARTS += (b * N + c) * n
+    each = tl.cdiv(tl.cdiv(keys, splits), BN) * BN
+    begin = tl.program_id(0) * each
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BV], tl.float32)
+    for i in range(begin, tl.minimum(begin + each, keys), BN):
         at = i + tl.arange(0, BN)
-        start = tl.load(STARTS + at // SIZE, mask=at < n * SIZE, other=-1)
-        key = start + at % SIZE
-        there = (start >= 0) & (key < S) & (key >= first)
-        row = tl.where(there, key, 0).to(tl.int64)
-        k = tl.load(K_ + row[:, None] * skt + d[None, :], mask=(d < K)[None, :], other=0.0)
-        s = tl.where(there, tl.sum(k.to(tl.float32) * q[None, :], 1), float("-inf"))
-        new = tl.maximum(top, tl.max(s, 0))
+        if STARTS is None:
+            key = first + at
+            seen = key < length
+        else:
+            start = tl.load(STARTS + at // SIZE, mask=at < keys, other=-1)
+            key = start + at % SIZE
+            seen = (start >= 0) & (key < length) & (key >= first)
+        row = tl.where(seen, key, 0).to(tl.int64)[:, None]
+        k = tl.load(K_ + row * skt + d[None, :], mask=seen[:, None] & (d < K)[None, :], other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        s = tl.where(seen[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
-        w = tl.exp2(s - safe)
+        w = tl.exp2(s - safe[:, None])
         shrink = tl.exp2(top - safe)
-        v = tl.load(V_ + row[:, None] * svt + e[None, :], mask=(e < V)[None, :], other=0.0)
-        acc = acc * shrink + tl.sum(v.to(tl.float32) * w[:, None], 0)
-        total = total * shrink + tl.sum(w, 0)
+        v = tl.load(V_ + row * svt + e[None, :], mask=seen[:, None] & (e < V)[None, :], other=0.0)
+        acc = acc * shrink[:, None] + tl.dot(w.to(v.dtype), v, input_precision=PRECISION)
+        total = total * shrink + tl.sum(w, 1)
         top = new
-    out = acc / tl.where(total > 0, total, 1.0)
-    tl.store(O + tl.program_id(0).to(tl.int64) * V + e, out.to(O.dtype.element_ty), mask=e < V)
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    row = ((b * H + h) * splits + tl.program_id(0))[:, None]
+    tl.store(O + row * V + e[None, :], out.to(O.dtype.element_ty), mask=there & (e < V)[None, :])
+    if LSE is not None:
+        lse = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+        tl.store(LSE + row, lse[:, None], mask=there)
 
 
-def token(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, size: int, *, scale: float, first: int = 0
-) -> Tensor:
-    """``o [B,1,H,V]`` of ``q [B,1,H,K]`` over ``size`` keys from each of ``starts [B,N,n]`` on, -1
-    for none, that are not before ``first`` nor behind the end."""
+@partial(Kernel, sizes=("splits",))
+def merge_kernel(
+    PARTS, LSE, O, splits, V: tl.constexpr, BV: tl.constexpr, BS: tl.constexpr
+):  # fmt: skip
+    """Some features of one head: its parts by their weights."""
+    head = tl.program_id(0).to(tl.int64)
+    i, e = tl.arange(0, BS), tl.program_id(1) * BV + tl.arange(0, BV)
+    lse = tl.load(LSE + head * splits + i, mask=i < splits, other=float("-inf"))
+    top = tl.max(lse, 0)
+    w = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(w, 0)
+    w /= tl.where(total > 0, total, 1.0)
+    at = (head * splits + i)[:, None] * V + e[None, :]
+    parts = tl.load(PARTS + at, mask=(i < splits)[:, None] & (e < V)[None, :], other=0.0)
+    out = tl.sum(parts * w[:, None], 0)
+    tl.store(O + head * V + e, out.to(O.dtype.element_ty), mask=e < V)
+
+
+def token(q, k, v, starts, size, scale, window, clock, shift):
+    """As :func:`subquad.ops.attention.token.token`."""
     (B, _, H, K), (S, G), V = q.shape, k.shape[1:3], v.shape[3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    N, n = (G, 0) if starts is None else starts.shape[1:]
+    starts = starts if starts is None else starts.contiguous()
+    splits = max(1, min(triton.cdiv(n * size or S, TILE), PROGRAMS // (B * N)))
     o = torch.empty(B, 1, H, V, dtype=v.dtype, device=q.device)
-    token_kernel.launch(
-        (B * H,), (q, k, v, starts.contiguous(), o),
-        scale, S, first, starts.shape[2], H, G, starts.shape[1],
-        q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
-        K=K, V=V, BK=triton.next_power_of_2(K), BV=triton.next_power_of_2(V), SIZE=size,
-        BN=64, num_warps=4,
-    )  # fmt: skip
+    lse, parts = None, o
+    if splits > 1:
+        parts = torch.empty(B, H, splits, V, dtype=torch.float32, device=q.device)
+        lse = torch.empty(B, H, splits, dtype=torch.float32, device=q.device)
+    with on_device(q):
+        part_kernel.launch(
+            (splits, B * N), (q, k, v, starts, clock, parts, lse),
+            scale, S, shift, window or 0, n, splits, H, G, N,
+            q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
+            GROUP=H // N, BM=max(16, triton.next_power_of_2(H // N)), K=K, V=V,
+            BK=max(16, triton.next_power_of_2(K)), BV=max(16, triton.next_power_of_2(V)),
+            SIZE=size, BN=TILE, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+        if splits > 1:
+            BV = 32
+            merge_kernel.launch(
+                (B * H, triton.cdiv(V, BV)), (parts, lse, o), splits,
+                V=V, BV=BV, BS=triton.next_power_of_2(splits), num_warps=4,
+            )  # fmt: skip
     return o

@@ -1,0 +1,123 @@
+"""Tokens counted on the device, as a recorded launch needs them, are the tokens that they were."""
+
+import pytest
+import torch
+
+from policy_kit import applied, close, tiny, tokens
+from subquad.policies import Policy, create_policy
+
+GATES = ((1, 0), (0.2, 0.8))
+CASES = {
+    "full": Policy,
+    "prefill": lambda: create_policy("block_topk", block=8, topk=3),
+    "quest": lambda: create_policy("quest", budget=24, page=8, dense_layers=0),
+    "quest, dense": lambda: create_policy("quest", budget=24, page=8, dense_layers=1),
+    "quest, frontier": lambda: create_policy("quest", budget=24, page=8, variant="frontier"),
+    "quest, alone": lambda: create_policy(
+        "quest", budget=24, page=8, variant="frontier", share=False
+    ),
+    "snapkv": lambda: create_policy("snapkv", capacity=20, window=8),
+    "snapkv, wide": lambda: create_policy("snapkv", capacity=20, window=8, share="none"),
+    "snapkv, pieces": lambda: create_policy("snapkv", capacity=20, window=8, pieces=True),
+    "snapkv, all": lambda: create_policy("snapkv", capacity=200, window=8),
+    "duo": lambda: create_policy("duo", gates=GATES, sinks=2, window=5),
+    "duo, filling": lambda: create_policy("duo", gates=GATES, sinks=40, window=40),
+    "streaming": lambda: create_policy("streaming_llm", sinks=2, window=9),
+    "streaming, filling": lambda: create_policy("streaming_llm", sinks=4, window=77),
+    "streaming, absolute": lambda: create_policy(
+        "streaming_llm", sinks=2, window=9, position="absolute"
+    ),
+}  # fmt: skip
+WINDOWED = ("full", "quest", "quest, frontier", "duo", "streaming, absolute")
+
+
+def answer(model, policy, counted: bool, B: int = 2, new: int = 14):
+    """Logits of ``new`` tokens, for which the room runs out, and of plain ones after them."""
+    ids, out = tokens(B), []
+    text = ids.flip(1)
+    with applied(model, policy) as on:
+        cache = on.new_cache()
+        model(ids, past_key_values=cache)
+        for t in range(new):
+            one, seen = text[:, t : t + 1], cache.get_seq_length()
+            if counted and t > 0 and t % 6 == 1:
+                cache.reserve(6)
+            if not counted or t == 0:
+                out.append(model(one, past_key_values=cache).logits)
+                continue
+            with cache.counted_by(torch.tensor([seen])):
+                places = torch.full((B, 1), seen)
+                out.append(model(one, past_key_values=cache, position_ids=places).logits)
+        out.append(model(text[:, new : new + 1], past_key_values=cache).logits)
+        out.append(model(text[:, new : new + 5], past_key_values=cache).logits)
+    return torch.cat(out, 1), cache
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_counted_on_the_device(name):
+    made = CASES[name]()
+    model = tiny()
+    want, plain = answer(model, made, counted=False)
+    got, cache = answer(model, made, counted=True)
+    close(got, want)
+    assert [layer.seen for layer in cache.held] == [layer.seen for layer in plain.held]
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_the_models_own_window(name):
+    model, made = tiny("Mistral", sliding_window=11), CASES[name]()
+    close(answer(model, made, counted=True)[0], answer(model, made, counted=False)[0])
+
+
+def parts(layer):
+    return [part for _, part in getattr(layer, "parts", [(None, layer)])]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_repeated_token_is_counted(name):
+    """``advance`` leaves the host's numbers as a token does."""
+    model, made = tiny(), CASES[name]()
+    with applied(model, made) as on:
+        caches = [on.new_cache(), on.new_cache()]
+        for cache in caches:
+            model(tokens(), past_key_values=cache)
+            model(tokens()[:, :1], past_key_values=cache)
+            cache.reserve(20)
+        for _ in range(12):
+            model(tokens()[:, :1], past_key_values=caches[0])
+            caches[1].advance()
+    for a, b in zip(caches[0].held, caches[1].held, strict=True):
+        assert a.seen == b.seen
+        for one, other in zip(parts(a), parts(b), strict=True):
+            assert one.held().keys.shape == other.held().keys.shape
+
+
+def test_steps_without_a_gpu():
+    model = tiny()
+    with applied(model, create_policy("quest", budget=24, page=8)) as on:
+        cache = on.new_cache()
+        with pytest.raises(ValueError, match="cache must hold a prompt"):
+            on.steps(cache)
+        logits = model(tokens(2), past_key_values=cache).logits[:, -1]
+        step = on.steps(cache)
+        assert not step.repeats
+        with pytest.raises(ValueError, match=r"ids must be \[B,1\]"):
+            step(tokens(2))
+        out = []
+        for _ in range(5):
+            logits = step(logits.argmax(-1, keepdim=True))
+            out.append(logits.argmax(-1))
+    with applied(model, create_policy("quest", budget=24, page=8)):
+        want = model.generate(tokens(2), max_new_tokens=6, do_sample=False)
+    assert torch.equal(torch.stack(out, 1), want[:, -5:])
+
+
+def test_which_policies_repeat():
+    model = tiny()
+    with applied(model, create_policy("hip", budget=32)) as on:
+        assert not any(on.policy.repeats(site) for site in on.sites)
+    joined = create_policy("vertical_slash") + create_policy("quest")
+    with applied(model, joined) as on:
+        assert all(on.policy.repeats(site) for site in on.sites)
+    with applied(tiny("Mistral", sliding_window=11), create_policy("snapkv")) as on:
+        assert not on.policy.repeats(on.sites[0])
