@@ -1,27 +1,25 @@
-"""Speed of the policies: a random Llama-shaped model's prompts and tokens, beside full attention.
+"""Speed of the policies: a random Llama-shaped model's prompts, beside full attention.
 
     python benchmarks/policies.py                  # the whole table (a GPU with 80 GB or more)
     python benchmarks/policies.py --quick          # the same code on small shapes, any device
     python benchmarks/policies.py --only layer --profile profiles  # and each policy's kernels
 
 "layer" is the attention of one layer's prompt, choosing included, beside dense causal SDPA (cuDNN
-on a GPU) on the same tensors; "prompt" the whole model's prompt; "token" the whole model's decoding
-with the bytes of the cache. Before anything is timed, attention by the policies must agree with
-dense attention in float64 where their budgets cover the text; otherwise nothing is. Every row is
-printed and written as soon as it is measured, cases that lose like the others.
+on a GPU) on the same tensors; "prompt" the whole model's prompt. (Decoding: policy_tokens.py.)
+Before anything is timed, attention by the policies must agree with dense attention in float64 where
+their budgets cover the text; otherwise nothing is. Every row is printed and written as soon as it
+is measured, cases that lose like the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -32,9 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import subquad
 from subquad.bench.measure import timed
-from subquad.bench.policies import cache_bytes, new_cache, policy
+from subquad.bench.policies import new_cache, policy
 from subquad.bench.results import machine, write_json, write_section
-from subquad.policies import Duo
 from subquad.policies.base import Call, Policy, Site, Tally
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,18 +52,13 @@ PREFILL = {
     ),
     "hip, 2048": lambda T: "hip:budget=2048,rows=64,block=4,dense_layers=0",
 }
-DECODE = {
-    "quest": lambda T: "quest:budget=1024",
-    "snapkv": lambda T: "snapkv:capacity=1024",
-    "duo": lambda T: "duo:sparsity=0.75",
-}
 COVERING = (
     "vertical_slash:vertical={T},slash={T}",
     "block_topk:block=64,topk={T}",
     "flexprefill:gamma=1,tau=0,min_budget=128",
     "hip:budget={T},dense_layers=0",
 )
-KINDS = ("layer", "token", "prompt")
+KINDS = ("layer", "prompt")
 
 
 class Table:
@@ -115,22 +107,17 @@ def main() -> None:
     gate(sizes, device, dtype)
     out = options.out or (None if options.quick else RESULTS / "policies.json")
     table = Table(out, {"made": machine(), "sizes": sizes, "dtype": str(dtype)})
-    wanted = {
-        kind: {k: v for k, v in rows.items() if not options.policies or k in options.policies}
-        for kind, rows in (("prefill", PREFILL), ("decode", DECODE))
-    }
+    wanted = {k: v for k, v in PREFILL.items() if not options.policies or k in options.policies}
     if "layer" in options.only:
         for T in lengths:
-            layer(table, wanted["prefill"], T, sizes, device, dtype, options.profile)
+            layer(table, wanted, T, sizes, device, dtype, options.profile)
     if set(options.only) == {"layer"}:
         return
     model = random_model(sizes, max(lengths) + 64, device, dtype)
     for T in lengths:
         ids = torch.randint(100, (1, T), generator=torch.Generator().manual_seed(1)).to(device)
-        if "token" in options.only:
-            tokens(table, wanted["decode"], model, ids, sizes, steps=8 if options.quick else 32)
         if "prompt" in options.only:
-            prompts(table, wanted["prefill"], model, ids)
+            prompts(table, wanted, model, ids)
 
 
 def gate(sizes: dict[str, int], device: torch.device, dtype: torch.dtype) -> None:
@@ -259,39 +246,6 @@ def prompts(table: Table, rows: dict[str, Any], model: Any, ids: Tensor) -> None
             table.fail("prompt", T, text, error)
 
 
-def tokens(
-    table: Table,
-    rows: dict[str, Any],
-    model: Any,
-    ids: Tensor,
-    sizes: dict[str, int],
-    steps: int,
-) -> None:
-    """A token of the whole model behind a prompt, and the bytes of its cache."""
-    T, one, peer = ids.shape[1], ids[:, :1], None
-    for text in (None, *(entry(T) for entry in rows.values())):
-        chosen = None if text is None else policy(text)
-        if isinstance(chosen, Duo):  # a random model has no heads to find: any will do
-            gates = torch.rand(sizes["layers"], sizes["kv_heads"]).tolist()
-            chosen = dataclasses.replace(chosen, gates=gates)
-        try:
-            with nullcontext() if chosen is None else subquad.apply(model, chosen) as on:
-                cache = new_cache(model) if on is None else on.new_cache()
-                with torch.inference_mode():
-                    model(ids, past_key_values=cache, logits_to_keep=1)
-                    run = partial(model, one, past_key_values=cache)
-                    run()
-                    took = median(timed(run, ids.device)[0] for _ in range(steps))
-                    kernels = busy(run, ids.device)
-        except RuntimeError as error:
-            table.fail("token", T, text or "full", error)
-            continue
-        peer = took if peer is None else peer
-        more = {"cache": cache_bytes(cache), "per_second": 1 / took, "kernels": kernels}
-        table.add("token", T, text or "full", took, peer, **more)
-        del cache, run
-
-
 def write_page(results: Path) -> None:
     """The rows of a run as tables of docs/performance.md."""
     found = json.loads(results.read_text())
@@ -325,20 +279,6 @@ def write_page(results: Path) -> None:
         if row["kind"] == "prompt":
             ms, ratio = 1e3 * row["seconds"], row["full"] / row["seconds"]
             lines.append(f"| {row['tokens']:,} | `{row['policy']}` | {ms:.0f} | {ratio:.2f} |")
-    lines += [
-        "",
-        "A token of the whole model behind a prompt:",
-        "",
-        "| tokens | policy | tokens/s | faster | GPU ms | cache, MB |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        if row["kind"] == "token":
-            lines.append(
-                f"| {row['tokens']:,} | `{row['policy']}` | {row['per_second']:.1f} "
-                f"| {row['full'] / row['seconds']:.2f} | {1e3 * row['kernels']:.2f} "
-                f"| {row['cache'] / 1e6:,.0f} |"
-            )
     write_section(PAGE, "policies", "Policies beside full attention", "\n".join(lines))
 
 

@@ -13,6 +13,8 @@ import triton.language as tl
 
 from subquad.ops.kernel import Kernel, on_device
 
+WARPS = 32  # at most, where there are many pages
+
 
 @triton.jit
 def _there(CLOCK, tokens, window, PAGE: tl.constexpr):
@@ -68,14 +70,24 @@ def best_kernel(
     found = tl.maximum(tl.minimum(stop - first, n), 0)
     x = tl.load(SCORES + row * P + i, mask=there, other=0.0).to(tl.int32, bitcast=True)
     x = tl.where(there, x ^ ((x >> 31) & 0x7FFFFFFF), -2147483648)  # in the order of the scores
-    # The largest bound that as many pages reach.
-    low = tl.min(tl.where(there, x, 2147483647), 0)
-    high = tl.max(x, 0)
+    # The largest bound that as many pages reach; a round keeps one quarter of what it may be, and
+    # its three counts of up to 2^16 are one sum, as sums over all threads are what a round takes.
+    low = tl.min(tl.where(there, x, 2147483647), 0).to(tl.int64)
+    high = tl.max(x, 0).to(tl.int64)
     while low < high:
-        middle = (low | high) - ((low ^ high) >> 1)
-        enough = tl.sum((x >= middle).to(tl.int32), 0) >= found
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
+        a = low + (high - low + 3) // 4
+        b = low + (2 * (high - low) + 3) // 4
+        c = low + (3 * (high - low) + 3) // 4
+        reach = (x >= a.to(tl.int32)).to(tl.int64)
+        reach += (x >= b.to(tl.int32)).to(tl.int64) << 20
+        reach += (x >= c.to(tl.int32)).to(tl.int64) << 40
+        counts = tl.sum(reach, 0)
+        over_a = (counts & 0xFFFFF) >= found
+        over_b = ((counts >> 20) & 0xFFFFF) >= found
+        over_c = (counts >> 40) >= found
+        low = tl.where(over_c, c, tl.where(over_b, b, tl.where(over_a, a, low)))
+        high = tl.where(over_c, high, tl.where(over_b, c - 1, tl.where(over_a, b - 1, a - 1)))
+    low = low.to(tl.int32)
     # Of those equal to it the earlier ones, as many as are missing.
     more, ties = (x > low).to(tl.int32), (there & (x == low)).to(tl.int32)
     missing = found - tl.sum(more, 0)
@@ -120,6 +132,6 @@ def best(q, low, high, n, page, tokens, clock, share, current, window):
         BP = max(16, triton.next_power_of_2(P))
         best_kernel.launch(
             (B * N,), (scores, clock, out), P, tokens, window or 0, n, n + current,
-            PAGE=page, CURRENT=current, BP=BP, num_warps=min(32, max(1, BP // 256)),
+            PAGE=page, CURRENT=current, BP=BP, num_warps=min(WARPS, max(1, BP // 256)),
         )  # fmt: skip
     return out

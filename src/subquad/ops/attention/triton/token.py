@@ -15,8 +15,13 @@ import triton.language as tl
 from subquad.ops.kernel import Kernel, on_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PROGRAMS = 256  # about as many as run at once
-TILE = 64  # keys at a time
+# All keys, or spans: at most how many programs, and their tiles of BN keys.
+PROGRAMS = {"all": 256, "spans": 256}
+TILES = {
+    "all": {"BN": 64, "num_warps": 4, "num_stages": 3},
+    "spans": {"BN": 64, "num_warps": 4, "num_stages": 3},
+    "float32": {"BN": 32, "num_warps": 4, "num_stages": 3},
+}
 
 
 @partial(Kernel, sizes=("S", "shift", "window", "n", "splits"))
@@ -107,7 +112,9 @@ def token(q, k, v, starts, size, scale, window, clock, shift):
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     N, n = (G, 0) if starts is None else starts.shape[1:]
     starts = starts if starts is None else starts.contiguous()
-    splits = max(1, min(triton.cdiv(n * size or S, TILE), PROGRAMS // (B * N)))
+    kind = "spans" if n else "all"
+    tile = TILES["float32" if q.dtype == torch.float32 else kind]
+    splits = max(1, min(triton.cdiv(n * size or S, tile["BN"]), PROGRAMS[kind] // (B * N)))
     o = torch.empty(B, 1, H, V, dtype=v.dtype, device=q.device)
     lse, parts = None, o
     if splits > 1:
@@ -120,8 +127,7 @@ def token(q, k, v, starts, size, scale, window, clock, shift):
             q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
             GROUP=H // N, BM=max(16, triton.next_power_of_2(H // N)), K=K, V=V,
             BK=max(16, triton.next_power_of_2(K)), BV=max(16, triton.next_power_of_2(V)),
-            SIZE=size, BN=TILE, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
-            num_warps=4, num_stages=3,
+            SIZE=size, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", **tile,
         )  # fmt: skip
         if splits > 1:
             BV = 32
