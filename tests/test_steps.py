@@ -5,6 +5,7 @@ import torch
 
 from policy_kit import applied, close, tiny, tokens
 from subquad.policies import Policy, create_policy
+from subquad.policies.steps import decoding
 
 GATES = ((1, 0), (0.2, 0.8))
 CASES = {
@@ -121,3 +122,37 @@ def test_which_policies_repeat():
         assert all(on.policy.repeats(site) for site in on.sites)
     with applied(tiny("Mistral", sliding_window=11), create_policy("snapkv")) as on:
         assert not on.policy.repeats(on.sites[0])
+
+
+@pytest.mark.parametrize("name", ["full", "quest", "snapkv, pieces"])
+@pytest.mark.parametrize("sample", [False, True])
+def test_generate_by_steps(name, sample):
+    """The tokens that ``generate`` writes by itself: processors, criteria, a second turn."""
+    model, options = tiny(), {"max_new_tokens": 9, "do_sample": sample, "repetition_penalty": 1.3}
+    with applied(model, CASES[name]()) as on:
+        made = []
+        for by_steps in (False, True):
+            torch.manual_seed(0)
+            cache = on.new_cache()
+            more = {"custom_generate": decoding(on)} if by_steps else {}
+            text = tokens(2)
+            for _ in range(2):
+                text = model.generate(text, past_key_values=cache, **options, **more)
+            made.append(text)
+        assert torch.equal(*made)
+        end = made[0][0, 80].item()
+        short = [
+            model.generate(
+                tokens(1),
+                past_key_values=on.new_cache(),
+                eos_token_id=end,
+                max_new_tokens=20,
+                **more,
+            )
+            for more in ({}, {"custom_generate": decoding(on)})
+        ]
+        assert torch.equal(*short)
+        options |= {"past_key_values": on.new_cache(), "custom_generate": decoding(on)}
+        mask = torch.arange(75) > torch.tensor([[2], [-1]])
+        with pytest.raises(ValueError, match="texts must be of one length"):
+            model.generate(tokens(2), attention_mask=mask, **options)

@@ -18,6 +18,7 @@ from subquad.models import CausalLM
 from subquad.models.checkpoint import tokenizer_of
 from subquad.ops import checks
 from subquad.policies.hook import apply, attention_modules
+from subquad.policies.steps import decoding
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ class Writer:
         if temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {temperature!r}")
         streamer = _Stream(self.tokenizer, writing)
+        more: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
         with nullcontext() if self.policy is None else apply(self.model, self.policy) as on:
             cache = policies.new_cache(self.model) if on is None else on.new_cache()
+            if on is not None:
+                more["custom_generate"] = decoding(on, streamer)
             hooks = _report_layers(self.model, reading)
             try:
                 start = time.perf_counter()
@@ -87,7 +91,7 @@ class Writer:
                     max_new_tokens=new,
                     do_sample=temperature > 0,
                     streamer=streamer,
-                    **({"temperature": temperature} if temperature > 0 else {}),
+                    **more,
                 )
                 end = time.perf_counter()
             finally:

@@ -7,7 +7,8 @@ count on the device then (``KVLayer.clock``), and memory is reserved ahead.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Steps:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._seen, self._left = -1, 0  # after the last step; tokens that there is room for
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
         """The logits ``[B,vocabulary]`` after ``ids [B,1]``; the next call overwrites them."""
         if ids.dim() != 2 or ids.shape[1] != 1:
@@ -64,7 +65,7 @@ class Steps:
             return self._run(ids)
         if self._seen < 0:  # a policy may have something to settle first
             logits = self._run(ids)
-        elif self._seen != self.cache.held[0].seen or self._left == 0:
+        elif self._seen != self.cache.held[0].seen or self._left < 1:
             self.cache.reserve(self.room)
             self._graph, self._left = None, self.room
             self._clock = torch.full((1,), self.cache.held[0].seen, device=ids.device)
@@ -93,3 +94,49 @@ class Steps:
 
     def _run(self, ids: Tensor, places: Tensor | None = None) -> Tensor:
         return self.on.model(ids, past_key_values=self.cache, position_ids=places).logits[:, -1]
+
+
+def decoding(on: Applied, streamer: Any = None) -> Callable[..., Tensor]:
+    """A ``custom_generate`` for ``model.generate``, whose tokens are :class:`Steps`: greedy or
+    sampled, with its processors and criteria, of texts without padding; it returns their tokens.
+
+        model.generate(ids, past_key_values=on.new_cache(), custom_generate=decoding(on))
+    """
+
+    def run(
+        model: Any,
+        ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,  # by this name: others than those of its own loop are passed twice
+    ) -> Tensor:
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask.all()):
+            raise ValueError("texts must be of one length, got an attention_mask with padding")
+        if generation_config.num_beams != 1:
+            raise ValueError(f"num_beams must be 1, got {generation_config.num_beams}")
+        cache, pad = model_kwargs["past_key_values"], generation_config.pad_token_id
+        new = ids[:, cache.get_seq_length() :]
+        logits = model(new, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        step = Steps(on, cache)
+        going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        while True:
+            scores = logits_processor(ids, logits.to(torch.float32, copy=True))
+            if generation_config.do_sample:
+                token = torch.multinomial(scores.softmax(-1), 1)
+            else:
+                token = scores.argmax(-1, keepdim=True)
+            token = torch.where(going[:, None], token, 0 if pad is None else pad)
+            ids = torch.cat([ids, token], 1)
+            if streamer is not None:
+                streamer.put(token[:, 0].cpu())
+            going &= ~stopping_criteria(ids, None)
+            if not bool(going.any()):
+                break
+            logits = step(token)
+        if streamer is not None:
+            streamer.end()
+        return ids
+
+    return run
