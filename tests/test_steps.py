@@ -1,9 +1,12 @@
 """Tokens counted on the device, as a recorded launch needs them, are the tokens that they were."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from policy_kit import applied, close, tiny, tokens
+from subquad.caches.kv import PolicyCache
 from subquad.policies import Policy, create_policy
 from subquad.policies.steps import decoding
 
@@ -156,3 +159,60 @@ def test_generate_by_steps(name, sample):
         mask = torch.arange(75) > torch.tensor([[2], [-1]])
         with pytest.raises(ValueError, match="texts must be of one length"):
             model.generate(tokens(2), attention_mask=mask, **options)
+
+
+class Replay:
+    """A CUDA graph without a GPU: what is recorded leaves no tensor changed, what is repeated none
+    of the host's numbers."""
+
+    step: Any = None
+
+    def __init__(self, graph=None):
+        pass
+
+    def holders(self):
+        layers = [part for layer in self.step.cache.held for part in {layer, *parts(layer)}]
+        return [
+            x for layer in layers for x in (layer, *vars(layer).values()) if hasattr(x, "__dict__")
+        ]
+
+    def __enter__(self):
+        held = [x for own in self.holders() for x in vars(own).values()]
+        flat = [y for x in held for y in (x if isinstance(x, tuple) else (x,))]
+        tensors = {
+            x.data_ptr(): x for x in (*flat, self.step._clock) if isinstance(x, torch.Tensor)
+        }
+        self.before = [(x, x.clone()) for x in tensors.values()]
+
+    def __exit__(self, *exception):
+        for x, before in self.before:
+            x.copy_(before)
+
+    def replay(self):
+        before = [(x, dict(vars(x))) for x in self.holders()]
+        self.step._logits.copy_(self.step._counted())
+        for x, attributes in before:
+            vars(x).update(attributes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recorded_and_repeated(name, monkeypatch):
+    """Room that runs out, and text in between that nobody recorded."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replay)
+    monkeypatch.setattr(torch.cuda, "graph", Replay)
+    reserve = PolicyCache.reserve  # a repeated token is counted twice for a moment
+    monkeypatch.setattr(PolicyCache, "reserve", lambda cache, n: reserve(cache, n + 1))
+    model, ids, outs = tiny(), tokens(2), []
+    with applied(model, CASES[name]()) as on:
+        for repeats in (False, True):
+            cache = on.new_cache()
+            model(ids, past_key_values=cache)
+            Replay.step = step = on.steps(cache, room=7)
+            step.repeats, out = repeats, []
+            for t in range(24):
+                if t == 13:
+                    model(ids[:, :3], past_key_values=cache)
+                out.append(step(ids[:, t : t + 1]).clone())
+            outs.append(torch.stack(out))
+            assert {layer.seen for layer in cache.held} == {75 + 24 + 3}
+    close(*outs)
