@@ -13,8 +13,6 @@ import triton.language as tl
 
 from subquad.ops.kernel import Kernel, on_device
 
-WARPS = 32  # at most, where there are many pages
-
 
 @triton.jit
 def _there(CLOCK, tokens, window, PAGE: tl.constexpr):
@@ -130,8 +128,9 @@ def best(q, low, high, n, page, tokens, clock, share, current, window):
         n = min(n, P)
         out = torch.empty(B, N, n + current, dtype=torch.int32, device=q.device)
         BP = max(16, triton.next_power_of_2(P))
+        warps = max(1, min(8, BP // 256), min(32, BP // 1024))  # up to 32 scores a thread
         best_kernel.launch(
             (B * N,), (scores, clock, out), P, tokens, window or 0, n, n + current,
-            PAGE=page, CURRENT=current, BP=BP, num_warps=min(WARPS, max(1, BP // 256)),
+            PAGE=page, CURRENT=current, BP=BP, num_warps=warps,
         )  # fmt: skip
     return out

@@ -16,10 +16,10 @@ from subquad.ops.kernel import Kernel, on_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # All keys, or spans: at most how many programs, and their tiles of BN keys.
-PROGRAMS = {"all": 256, "spans": 256}
+PROGRAMS = {"all": 128, "spans": 528}
 TILES = {
     "all": {"BN": 64, "num_warps": 4, "num_stages": 3},
-    "spans": {"BN": 64, "num_warps": 4, "num_stages": 3},
+    "spans": {"BN": 32, "num_warps": 4, "num_stages": 3},
     "float32": {"BN": 32, "num_warps": 4, "num_stages": 3},
 }
 
