@@ -327,17 +327,3 @@ def test_kernels_in_the_interpreter():
 def test_a_full_mask_hides_nothing():
     q, k, v = (torch.randn(2, 9, 2, 4, dtype=torch.float64) for _ in range(3))
     close(attention(q, k, v, mask.full()), attention(q, k, v, backend="reference"))
-
-
-def test_the_backward_pass_finds_the_lists_of_a_choice():
-    index = importlib.import_module("subquad.ops.attention.triton.index")
-    m = mask.blocks(masks.rising(4, (4, 3)), 64)
-    made = [
-        index.of_choice(m, causal, 256, 0, torch.device("cpu")) for causal in (False, True, True)
-    ]
-    assert made[1] is made[2]
-    assert made[0] is not made[1]
-    assert made[1].by_keys(4) is made[2].by_keys(4)
-    again = mask.blocks(m.index.tensor, 64)
-    assert again == m
-    assert hash(again) == hash(m)

@@ -9,7 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from subquad import mask
 from subquad.mask.algebra import Band
+from subquad.ops import kernel
 from subquad.ops.attention import attention
+from subquad.ops.attention.triton import index, lists
 from subquad.ops.select import block_mass, window_mass
 
 CUDA = torch.cuda.is_available()
@@ -291,3 +293,57 @@ def test_masses():
         got = window_mass(q, fine, 8, 4, by=by)
         want = window_mass(q.double(), fine.double(), 8, 4, by=exact)
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_backward_pass_finds_the_lists_of_a_choice():
+    m = mask.blocks(rising(4, (4, 3)), 64)
+    device = torch.device(DEVICE)
+    made = [index.of_choice(m, causal, 256, 0, device) for causal in (False, True, True)]
+    assert made[1] is made[2]
+    assert made[0] is not made[1]
+    assert made[1].by_keys(4) is made[2].by_keys(4)
+    again = mask.blocks(m.index.tensor, 64)
+    assert again == m
+    assert hash(again) == hash(m)
+
+
+def test_a_rehearsal_keeps_no_lists(monkeypatch):
+    """Its kernels are not launched, so what they should have written is made anew."""
+    m = mask.blocks(rising(4, (4, 3)), 64)
+    monkeypatch.setattr(kernel._rehearsal, "wanted", {})
+    made = [index.of_choice(m, True, 256, 0, torch.device(DEVICE)) for _ in range(2)]
+    assert made[0] is not made[1]
+    assert made[0].by_keys(4) is not made[0].by_keys(4)
+
+
+@pytest.mark.parametrize("most", [lists.MOST_RUNS, 3])
+@pytest.mark.parametrize(
+    ("planes", "R", "n", "blocks", "causal", "size", "per_row", "S"),
+    [
+        (1, 5, 3, 5, True, 64, 64, 300),
+        (2, 7, 70, 9, False, 16, 64, 130),
+        (3, 4, 1, 2, True, 64, 1, 128),
+        (2, 12, 4, 3, True, 4, 1, 12),
+    ],
+)
+def test_lists_of_a_choice(planes, R, n, blocks, causal, size, per_row, S, most, monkeypatch):
+    """Each row's full blocks and others, and each block's rows, later ones first."""
+    monkeypatch.setattr(lists, "MOST_RUNS", most)
+    table = rising(blocks, (planes, R, n))
+    rows = lists.of_table(table.to(DEVICE), causal, size, size, per_row, S)
+    turned = lists.by_blocks(rows, R, blocks)
+    seen = {(plane, e): ([], []) for plane in range(planes) for e in range(blocks)}
+    for plane in range(planes):
+        for r in range(R):
+            entries = [e for e in table[plane, r].tolist() if e >= 0]
+            end = min(S, r * per_row + 1) if causal else S
+            full = sum(e * size + size <= end for e in entries)
+            at = plane * R + r
+            ends = [int(x[at]) - at * n for x in (rows.lo, rows.mid, rows.hi)]
+            assert ends == [0, full, len(entries)]
+            for i, e in enumerate(entries):
+                seen[plane, e][i >= full].insert(0, r)
+    for at, (full, others) in enumerate(seen.values()):
+        lo, mid, hi = (int(x[at]) for x in (turned.lo, turned.mid, turned.hi))
+        assert turned.entry[lo:mid].tolist() == full
+        assert turned.entry[mid:hi].tolist() == others

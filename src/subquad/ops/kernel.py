@@ -155,6 +155,11 @@ def met(kind: Hashable) -> bool:
     return interpreted()
 
 
+def rehearsing() -> bool:
+    """Whether nothing is launched, so that what kernels should have written is not to be kept."""
+    return _rehearsal.wanted is not None
+
+
 def rehearse(run: Callable[[], object]) -> None:
     """Compile every kernel that ``run`` launches, and launch none."""
     wanted = _rehearsal.wanted = {}

@@ -17,25 +17,12 @@ from subquad.mask import Mask, Tiles
 from subquad.mask.algebra import Band
 from subquad.mask.data import Blocks, Chosen
 from subquad.mask.tiles import FULL
+from subquad.ops import kernel
+from subquad.ops.attention.triton.lists import Lists, by_blocks, of_table
 
 # How entries that are not full are masked.
 BOUND, CAUSAL, INTERVAL, BITS, BAND = range(5)
 FAR = 1 << 30
-
-
-@dataclass(frozen=True, eq=False)
-class Lists:
-    """For every row (of every plane) the entries ``lo..hi``, those before ``mid`` fully visible.
-
-    ``lo, mid, hi`` are int32 ``[planes * rows]``; ``entry`` int32 ``[n]`` says what the row meets,
-    ``pattern`` int32 ``[n]`` how it is masked (an entry of the table), where there is one.
-    """
-
-    lo: Tensor
-    mid: Tensor
-    hi: Tensor
-    entry: Tensor
-    pattern: Tensor | None = None
 
 
 def arguments(lists: Lists | None) -> tuple[Tensor | None, ...]:
@@ -94,34 +81,12 @@ class Index:
         where blocks do not lie on a grid of their own size."""
         if self.lists is None or self.unit != self.size or self.columns is not None:
             return None
-        if self.turned is None:
-            object.__setattr__(self, "turned", self._turned(self.lists, blocks))
-        return self.turned
-
-    def _turned(self, lists: Lists, blocks: int) -> Lists:
-        """Sorted by block, within it the full entries first, and of those later rows first."""
-        device, planes = lists.lo.device, len(lists.lo) // self.rows
-        width = len(lists.entry) // len(lists.lo)
-        place, base, row, bins = _turning(planes, self.rows, width, blocks, device)
-        key = (base + lists.entry.view(-1, width)) * 2 + (place >= (lists.mid - lists.lo)[:, None])
-        key = torch.where(place < (lists.hi - lists.lo)[:, None], key, 2 * planes * blocks)
-        key, order = key.flatten().flip(0).sort(stable=True)
-        ends = torch.searchsorted(key, bins, out_int32=True)
-        lo, mid = ends[:-1].view(-1, 2).T.contiguous()
-        return Lists(lo, mid, ends[2::2].contiguous(), row[order])
-
-
-@lru_cache(maxsize=16)
-def _turning(
-    planes: int, rows: int, width: int, blocks: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    """For ``[planes * rows, width]`` entries: their places, the first block of their plane, their
-    rows backwards, and the ends of the blocks' halves."""
-    row = torch.arange(planes * rows, dtype=torch.int32)[:, None]
-    each = (row % rows).expand(-1, width).flatten().flip(0)
-    ends = torch.arange(2 * planes * blocks + 1)
-    found = torch.arange(width), row // rows * blocks, each, ends
-    return tuple(x.to(device, torch.int32) for x in found)  # waits: any stream may read them
+        if self.turned is not None:
+            return self.turned
+        found = by_blocks(self.lists, self.rows, blocks)
+        if not kernel.rehearsing():
+            object.__setattr__(self, "turned", found)
+        return found
 
 
 def of_choice(chosen: Chosen, causal: bool, S: int, offset: int, device: torch.device) -> Index:
@@ -129,9 +94,12 @@ def of_choice(chosen: Chosen, causal: bool, S: int, offset: int, device: torch.d
     pass of a mask finds that of its forward."""
     made = vars(chosen).setdefault("_indexes", {})
     key = causal, S, offset, device
-    if key not in made:
-        made[key] = _of_choice(chosen, causal, S, offset, device)
-    return made[key]
+    if key in made:
+        return made[key]
+    index = _of_choice(chosen, causal, S, offset, device)
+    if not kernel.rehearsing():  # nothing was launched
+        made[key] = index
+    return index
 
 
 def _of_choice(chosen: Chosen, causal: bool, S: int, offset: int, device: torch.device) -> Index:
@@ -140,38 +108,19 @@ def _of_choice(chosen: Chosen, causal: bool, S: int, offset: int, device: torch.
     tables = [t.expand(NB, NH, *t.shape[-2:]).contiguous() for t in tables]
     rows, size = tables[0].shape[2], chosen.size
     unit = size if isinstance(chosen, Blocks) else 1
-    main = _padded(tables[0], causal, unit, size, chosen.rows, S)
-    columns = None if unit == size else _padded(tables[1], causal, 1, 1, chosen.rows, S)
-    if columns is not None and columns.entry.numel() == 0:
-        columns = None
-    plane = torch.arange(NB * NH, dtype=torch.int32, device=device)
+    main = of_table(tables[0], causal, unit, size, chosen.rows, S)
+    columns = None
+    if unit != size and tables[1].numel():
+        columns = of_table(tables[1], causal, 1, 1, chosen.rows, S)
     return Index(
-        main, plane, (NB, NH), rows, chosen.rows, size, unit, CAUSAL if causal else BOUND,
-        shift=offset, columns=columns,
+        main, _planes(NB * NH, device), (NB, NH), rows, chosen.rows, size, unit,
+        CAUSAL if causal else BOUND, shift=offset, columns=columns,
     )  # fmt: skip
 
 
-def _padded(table: Tensor, causal: bool, unit: int, size: int, per_row: int, S: int) -> Lists:
-    """Lists of one length each, ``[NB,NH,R,n]`` rising with -1 at the end."""
-    R, n = table.shape[-2:]
-    flat = table.view(-1, n)
-    lo, last = _padding(len(flat), R, n, unit, size, per_row, table.device)
-    there = flat >= 0
-    # Full are the blocks that end before S and, under causality, by the first query of the row.
-    full = there & (flat <= (S - size) // unit)
-    full = full & (flat <= last) if causal else full
-    count, fulls = (x.sum(1, dtype=torch.int32) for x in (there, full))
-    return Lists(lo, lo + fulls, lo + count, flat.flatten())
-
-
 @lru_cache(maxsize=16)
-def _padding(
-    rows: int, R: int, n: int, unit: int, size: int, per_row: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Where the lists begin, and the last entry whose block ends by the first query of the row."""
-    row = torch.arange(rows, dtype=torch.int32)
-    last = (row % R * per_row + 1 - size).div(unit, rounding_mode="floor")[:, None]
-    return (row * n).to(device), last.to(device)  # waits: any stream may read them
+def _planes(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32).to(device)  # waits: any stream may read it
 
 
 @lru_cache(maxsize=64)
