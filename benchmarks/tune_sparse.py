@@ -62,13 +62,13 @@ class Shape:
         return (q, k, v), mask.causal() & mask.window(min(1023, T // 3))
 
 
-HOPPER = {  # (step, stages), with a program to a tile and with one to a multiprocessor
+HOPPER = {  # (step, stages)
     ("hopper_forward", 64): [(128, 3), (128, 4), (64, 4)],
-    ("hopper_forward", 128): [(128, 2), (64, 3)],
-    ("hopper_grad_q", 64): [(128, 2), (128, 3), (64, 4)],
-    ("hopper_grad_q", 128): [(128, 2), (64, 3), (64, 4)],
+    ("hopper_forward", 128): [(128, 2), (64, 3), (64, 4)],
+    ("hopper_grad_q", 64): [(64, 3), (64, 4), (64, 6)],
+    ("hopper_grad_q", 128): [(64, 3), (64, 4)],
     ("hopper_grad_kv", 64): [(64, 3), (64, 4)],
-    ("hopper_grad_kv", 128): [(64, 2), (64, 3)],
+    ("hopper_grad_kv", 128): [(64, 2), (64, 3), (64, 4)],
 }
 # Those that fit the registers by the compiler's report: (step, warps, stages), and what else the
 # kernel takes.
@@ -108,8 +108,7 @@ def candidates(kernel: str, shape: Shape) -> Iterator[dict[str, int]]:
     if kernel.startswith("hopper_"):
         if shape.rows == 128 and shape.itemsize == 2:
             for step, stages in HOPPER[kernel, shape.D]:
-                for loop in (0, 1):
-                    yield {"step": step, "num_stages": stages, "loop": loop}
+                yield {"step": step, "num_stages": stages}
         return
     for step, warps, stages, *more in CANDIDATES[kernel, shape.rows]:
         yield {**dict(more), "step": step, "num_warps": warps, "num_stages": stages}

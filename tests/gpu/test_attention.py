@@ -221,6 +221,10 @@ WHOLE_TILES = {
         lambda T: mask.blocks(listed(rising(-(-T // 128), (-(-T // 128), 5))), 128) & mask.causal(),
         {"T": 2000},
     ),
+    "blocks, more tiles than processors": (
+        lambda T: mask.blocks(listed(rising(T // 128, (T // 128, 5))), 128) & mask.causal(),
+        {"T": 2304, "H": 16, "G": 4},
+    ),
     "blocks of a head, none causal": (
         lambda T: mask.blocks(listed(rising(T // 128, (1, 4, T // 128, 5))), 128),
         {"T": 1024, "H": 4, "G": 2, "B": 2},

@@ -38,11 +38,14 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @partial(Kernel, sizes=("T", "H"))
 def attention_delta(
-    O, DO, LSE, DLSE, DELTA, LSE2, T, H, sot, soh, sob, sdt, sdh, sdb,
+    O, DO, LSE, DLSE, DELTA, LSE2, TAKEN, T, H, sot, soh, sob, sdt, sdh, sdb,
     V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """delta and lse in base 2, float32 ``[B,H,padded(T)]``, from LSE and DLSE ``[B,T,H]``; O and DO
-    with any strides but the last. One program for BM tokens of a head."""
+    with any strides but the last; TAKEN int32 ``[8]``, the counters of the kernels that follow,
+    becomes 0. One program for BM tokens of a head."""
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(TAKEN + tl.arange(0, 8), 0)
     b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
     t = tl.program_id(0) * BM + tl.arange(0, BM)
     exists = t < T

@@ -39,7 +39,7 @@ def forced(configs: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
 
 def config(kernel: str, rows: int, width: int, itemsize: int) -> dict[str, int]:
     """``step`` (and the most ``queries``, or ``keys``, of a program), ``num_warps`` and
-    ``num_stages`` of ``kernel``; ``loop`` where a program takes tile after tile of a band."""
+    ``num_stages`` (two at least for those of Hopper) of ``kernel``."""
     if kernel in _forced:
         return dict(_forced[kernel])
     return dict(_found(kernel, rows, width, itemsize))

@@ -46,7 +46,7 @@ class Index:
         kind: how entries that are not full are masked; ``table`` is int32 ``[P, size, 2]`` for
             INTERVAL (first key and end of each row of the tile), int32 ``[P, size, size / 32]`` for
             BITS (the keys of each row, the lowest bit first).
-        band: for BAND, the bounds of query position less key, which are all that it needs.
+        band: bounds of query position less key beyond which nothing is kept: all that BAND needs.
     """
 
     lists: Lists | None
@@ -115,6 +115,7 @@ def _of_choice(chosen: Chosen, causal: bool, S: int, offset: int, device: torch.
     return Index(
         main, _planes(NB * NH, device), (NB, NH), rows, chosen.rows, size, unit,
         CAUSAL if causal else BOUND, shift=offset, columns=columns,
+        band=(0, None) if causal else (None, None),
     )  # fmt: skip
 
 

@@ -255,10 +255,12 @@ def backward(
     launch = prepare(q, k, v, mask, offset)
     index, (B, T, H) = launch.index, q.shape[:3]
     delta, lse2 = lse.new_empty(2, B, H, triton.cdiv(T, TILE) * TILE)
+    taken = index.plane.new_empty(2, 4)  # a counter each for two kernels, where one may begin
     dims, lists = launch.dims(), launch.lists()
     with on_device(q):
         grads.attention_delta.launch(
-            (triton.cdiv(T, TILE), B * H), (o, do, lse, dlse.contiguous(), delta, lse2), T, H,
+            (triton.cdiv(T, TILE), B * H),
+            (o, do, lse, dlse.contiguous(), delta, lse2, taken), T, H,
             o.stride(1), o.stride(2), o.stride(0), do.stride(1), do.stride(2), do.stride(0),
             V=launch.V, BV=dims["BV"], BM=TILE, num_warps=8,
         )  # fmt: skip
@@ -268,7 +270,7 @@ def backward(
         if launch.divides_warps("grad_q", q, k, v, do):
             from subquad.ops.attention.triton.hopper import launch as hopper
 
-            hopper.grad_q(launch, q, k, v, do, lse2, delta, dq, scale)
+            hopper.grad_q(launch, q, k, v, do, lse2, delta, taken[0], dq, scale)
         else:
             step, options = launch.config("grad_q")
             own = launch.narrowed(options.pop("queries", MOST_ROWS))
@@ -292,7 +294,7 @@ def backward(
         if launch.divides_warps("grad_kv", q, k, v, do):
             from subquad.ops.attention.triton.hopper import launch as hopper
 
-            hopper.grad_kv(launch, turned, q, k, v, do, lse2, delta, dk, dv, scale)
+            hopper.grad_kv(launch, turned, q, k, v, do, lse2, delta, taken[1], dk, dv, scale)
             return dq, dk, dv
         step, options = launch.config("grad_kv", index.per_row * launch.HG)
         keys, upright = options.pop("keys"), bool(options.pop("upright", 0))

@@ -15,11 +15,13 @@ from subquad.ops.attention.triton.hopper.tiles import (
     LOG2E,
     SIZES,
     TILE,
+    announced,
     barriers,
     copy_for_queries,
     masked_keys,
     queries_of,
     store_rows,
+    tile_slots,
 )
 from subquad.ops.attention.triton.walk import band_of, steps
 from subquad.ops.kernel import Kernel
@@ -63,7 +65,8 @@ def _attend(
             )  # fmt: skip
         w, top, total, shrink = _softmax(s, top, total, scale)
         w_next = gl.convert_layout(w.to(w_left.dtype), w_left.type.layout)
-        # The weights wait too, or the compiler would move the wait before them.
+        # The weights wait too, or the compiler would move the wait before them (the assembler still
+        # does: docs/log.md, 2026-11-28).
         acc, w_left = warpgroup_mma_wait(0, deps=[acc_next, w_next])
         mbarrier.arrive(v_free.index(was), count=1)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUT))[:, None]
@@ -72,7 +75,8 @@ def _attend(
 
 @gluon.jit
 def _forward_rows(
-    W: gl.constexpr, q_s, k_s, v_s, q_full, q_free, k_full, v_full, k_free, v_free, O, LSE,
+    W: gl.constexpr, q_s, k_s, v_s, q_full, q_free, k_full, v_full, k_free, v_free,
+    tile_s, tile_full, tile_free, O, LSE,
     LO, MID, HI, ENTRY, PATTERN, TABLE, PLANE, scale,
     tiles, T, S, offset, rows, H, G, NB, NH, low, high,
     D: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, STAGES: gl.constexpr,
@@ -83,9 +87,11 @@ def _forward_rows(
     none = gl.zeros([64, BN], gl.float32, LAYOUT)
     m_local = W * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     q = q_s.index(W)
+    n = 0
     t = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        phase = tile // gl.num_programs(0) & 1
+    tile = announced(n, tile_s, tile_full, tile_free)
+    while tile < tiles:
+        phase = n & 1
         b, h, token, a, m, c, d, turn, skip = queries_of(
             tile, LO, MID, HI, PLANE, T, S, H, rows, NB, NH, offset, low, high, BN, KIND
         )
@@ -131,15 +137,18 @@ def _forward_rows(
         gl.store(LSE + (b.to(gl.int64) * T + at) * H + h, lse, mask=at < T)
         acc = acc * gl.convert_layout(1.0 / some, gl.SliceLayout(1, OUT))[:, None]
         store_rows(O, acc, b.to(gl.int64) * T, token + W * 64, T, H, h, D)
+        n += 1
+        tile = announced(n, tile_s, tile_full, tile_free)
 
 
 @partial(Kernel, sizes=("tiles", *SIZES), jit=gluon.jit)
 def hopper_forward(
-    QT, KT, VT, O, LSE, LO, MID, HI, ENTRY, PATTERN, TABLE, PLANE,
+    QT, KT, VT, O, LSE, TAKEN, LO, MID, HI, ENTRY, PATTERN, TABLE, PLANE,
     scale, tiles, T, S, offset, rows, H, G, NB, NH, low, high,
     D: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 128 queries of one head. O ``[B,T,H,D]`` and LSE ``[B,T,H]`` are contiguous."""
+    """Tiles of 128 queries of one head. O ``[B,T,H,D]`` and LSE ``[B,T,H]`` are contiguous;
+    TAKEN is 0."""
     scale = gl.maximum(scale, 1e-30) * LOG2E  # 0 times -inf would be NaN
     q_s = gl.allocate_shared_memory(QT.dtype, [2, 64, D], QT.layout)
     k_s = gl.allocate_shared_memory(KT.dtype, [STAGES, BN, D], KT.layout)
@@ -147,22 +156,26 @@ def hopper_forward(
     q_full, q_free = barriers(2, 1), barriers(2, 1)
     k_full, k_free = barriers(STAGES, 1), barriers(STAGES, 2)
     v_full, v_free = barriers(STAGES, 1), barriers(STAGES, 2)
+    tile_s, tile_full, tile_free = tile_slots()
     # Written out twice: a variable would make numbers of the constants.
     gl.warp_specialize(
         [
             (_forward_rows, (
-                0, q_s, k_s, v_s, q_full, q_free, k_full, v_full, k_free, v_free, O, LSE,
+                0, q_s, k_s, v_s, q_full, q_free, k_full, v_full, k_free, v_free,
+                tile_s, tile_full, tile_free, O, LSE,
                 LO, MID, HI, ENTRY, PATTERN, TABLE, PLANE, scale,
                 tiles, T, S, offset, rows, H, G, NB, NH, low, high, D, BN, KIND, STAGES,
             )),
             (_forward_rows, (
-                1, q_s, k_s, v_s, q_full, q_free, k_full, v_full, k_free, v_free, O, LSE,
+                1, q_s, k_s, v_s, q_full, q_free, k_full, v_full, k_free, v_free,
+                tile_s, tile_full, tile_free, O, LSE,
                 LO, MID, HI, ENTRY, PATTERN, TABLE, PLANE, scale,
                 tiles, T, S, offset, rows, H, G, NB, NH, low, high, D, BN, KIND, STAGES,
             )),
             (copy_for_queries, (
                 QT, None, KT, VT, q_s, q_s, k_s, v_s, q_full, q_full, q_free, q_free,
-                k_full, v_full, k_free, v_free, LO, MID, HI, ENTRY, PLANE,
+                k_full, v_full, k_free, v_free, tile_s, tile_full, tile_free, TAKEN,
+                LO, MID, HI, ENTRY, PLANE,
                 tiles, T, S, offset, rows, H, G, NB, NH, low, high, D, BN, KIND, STAGES,
             )),
         ],

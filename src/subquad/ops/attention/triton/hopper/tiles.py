@@ -30,6 +30,32 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
+def tile_slots():
+    """Where a program's next tiles are announced, two of them, with their barriers."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.int32, [2, 1], LAYOUT), barriers(2, 1), barriers(2, 2)
+
+
+@gluon.jit
+def announce(tile, n, tile_s, tile_full, tile_free):
+    """Tell both groups the program's n-th tile, from the warp that copies."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(tile_free.index(n & 1), (n // 2 + 1) & 1)
+    tile_s.index(n & 1).store(gl.full([1], tile, gl.int32, ONE))
+    mbarrier.arrive(tile_full.index(n & 1), count=1)
+
+
+@gluon.jit
+def announced(n, tile_s, tile_full, tile_free):
+    """The program's n-th tile, for a group of four warps."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(tile_full.index(n & 1), n // 2 & 1)
+    tile = gl.max(tile_s.index(n & 1).load(ONE), 0)
+    mbarrier.arrive(tile_free.index(n & 1), count=1)
+    return tile
+
+
+@gluon.jit
 def fetch(DESC, row, column, full, to):
     mbarrier.expect(full, DESC.block_type.nbytes)
     tma.async_copy_global_to_shared(DESC, [row, column], full, to)
@@ -45,19 +71,55 @@ def fetch_halves(DESC, row, column, full, free, to, n):
 
 @gluon.jit
 def keep_coming(
-    AT, BT, a_s, b_s, a_full, b_full, a_free, b_free, row, column, t, ENTRY, a, c, turn, skip,
+    AT, BT, a_s, b_s, a_full, b_full, a_free, b_free, LSE_T, DELTA_T, lse_s, delta_s, line,
+    row, column, t, ENTRY, a, c, turn, skip,
     STEP: gl.constexpr, KIND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Both tensors' blocks of the run ``a..c``, the t-th and those after it, into their slots."""
+    """Both tensors' blocks of the run ``a..c``, the t-th and those after it, into their slots; with
+    A's block, where LSE_T is given, what lse and delta hold of it in their row ``line``."""
     for i in range(steps(a, c, STEP, TILE, KIND)):
-        start = row + start_of(ENTRY, i, a, c, turn, skip, STEP, TILE, TILE, KIND)
+        start = start_of(ENTRY, i, a, c, turn, skip, STEP, TILE, TILE, KIND)
         slot = (t + i) % STAGES
         phase = ((t + i) // STAGES + 1) & 1
         mbarrier.wait(a_free.index(slot), phase)
-        fetch(AT, start, column, a_full.index(slot), a_s.index(slot))
+        fetch(AT, row + start, column, a_full.index(slot), a_s.index(slot))
+        if LSE_T is not None:
+            fetch(LSE_T, line, start, a_full.index(slot), lse_s.index(slot))
+            fetch(DELTA_T, line, start, a_full.index(slot), delta_s.index(slot))
         mbarrier.wait(b_free.index(slot), phase)
-        fetch(BT, start, column, b_full.index(slot), b_s.index(slot))
+        fetch(BT, row + start, column, b_full.index(slot), b_s.index(slot))
     return t + steps(a, c, STEP, TILE, KIND)
+
+
+@gluon.jit
+def hold(x):
+    """x, computed before any wait that follows. The assembler moves arithmetic behind a wait for
+    products, which then wait for each other; it does not move an event for a profiler, here one
+    that a rare value sets off, to no effect."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b; .reg .pred p;
+        lop3.b32 a, $8, $9, $10, 0x96;
+        lop3.b32 b, $11, $12, $13, 0x96;
+        lop3.b32 a, a, $14, $15, 0x96;
+        xor.b32 a, a, b;
+        setp.eq.b32 p, a, 1;
+        @p pmevent 1;
+        mov.b32 $0, $8; mov.b32 $1, $9; mov.b32 $2, $10; mov.b32 $3, $11;
+        mov.b32 $4, $12; mov.b32 $5, $13; mov.b32 $6, $14; mov.b32 $7, $15;
+        }""",
+        "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=8,
+    )
+
+
+@gluon.jit
+def apart(x, y, low, high, X: gl.constexpr, Y: gl.constexpr):
+    """Whether X queries from position x on keep none of Y keys from y on."""
+    return (x + X - 1 - y < low) | (x - y - (Y - 1) > high)
 
 
 @gluon.jit
@@ -82,13 +144,16 @@ def queries_of(
 @gluon.jit
 def copy_for_queries(
     QT, DOT, KT, VT, q_s, do_s, k_s, v_s, q_full, do_full, q_free, do_free,
-    k_full, v_full, k_free, v_free, LO, MID, HI, ENTRY, PLANE,
+    k_full, v_full, k_free, v_free, tile_s, tile_full, tile_free, TAKEN,
+    LO, MID, HI, ENTRY, PLANE,
     tiles, T, S, offset, rows, H, G, NB, NH, low, high,
     D: gl.constexpr, BN: gl.constexpr, KIND: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    n = 0
     t = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        n = tile // gl.num_programs(0)
+    tile = gl.program_id(0)
+    while tile < tiles:
+        announce(tile, n, tile_s, tile_full, tile_free)
         b, h, token, a, m, c, d, turn, skip = queries_of(
             tile, LO, MID, HI, PLANE, T, S, H, rows, NB, NH, offset, low, high, BN, KIND
         )
@@ -96,13 +161,18 @@ def copy_for_queries(
         if DOT is not None:
             fetch_halves(DOT, b * T + token, h * D, do_full, do_free, do_s, n)
         t = keep_coming(
-            KT, VT, k_s, v_s, k_full, v_full, k_free, v_free, b * S, h // (H // G) * D, t,
+            KT, VT, k_s, v_s, k_full, v_full, k_free, v_free, None, None, k_s, v_s, 0,
+            b * S, h // (H // G) * D, t,
             ENTRY, a, m, m - a, 0, BN, KIND, STAGES,
         )  # fmt: skip
         t = keep_coming(
-            KT, VT, k_s, v_s, k_full, v_full, k_free, v_free, b * S, h // (H // G) * D, t,
+            KT, VT, k_s, v_s, k_full, v_full, k_free, v_free, None, None, k_s, v_s, 0,
+            b * S, h // (H // G) * D, t,
             ENTRY, c, d, turn, skip, BN, KIND, STAGES,
         )  # fmt: skip
+        n += 1
+        tile = gl.num_programs(0) + gl.atomic_add(TAKEN, 1, sem="relaxed")
+    announce(tile, n, tile_s, tile_full, tile_free)
 
 
 @gluon.jit
