@@ -21,6 +21,8 @@ from subquad.bench.recurrence import (
 from subquad.ops.backend import backend
 from subquad.ops.recurrence import recurrence
 
+layout = pytest.importorskip("subquad.ops.recurrence.triton.layout")
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
@@ -59,6 +61,45 @@ def _poison():
 def test_against_float64(case):
     found = errors(case, "cuda")
     assert max(found.values()) <= LIMITS[case.dtype], found
+
+
+BULK = [
+    Case("head", True, B=2, T=320, dtype=BF16, K=128, V=128, groups=2, state=True),
+    Case("none", True, B=2, T=128, dtype=F16, K=128, V=128),
+    Case("head", True, T=2048, dtype=BF16, K=128, V=128, state=True),  # split inside the GPU
+    Case("none", True, T=2048, H=4, dtype=F16, K=128, V=128),
+]
+
+
+@pytest.fixture
+def _described(monkeypatch):
+    """Small cases, too, are read by the copy engine."""
+    monkeypatch.setattr(layout, "MANY", 0)
+    layout.lay_out.cache_clear()
+    yield
+    layout.lay_out.cache_clear()
+
+
+@pytest.mark.usefixtures("_poison", "_described")
+@pytest.mark.parametrize("case", BULK, ids=lambda case: case.name)
+def test_by_the_copy_engine(case):
+    found = errors(case, "cuda")
+    assert max(found.values()) <= LIMITS[case.dtype], found
+
+
+@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("T", [1000, 1024])
+@pytest.mark.usefixtures("_described")
+def test_outputs_of_the_delta_rule_are_as_exact_as_in_torch(decay, T):
+    """Products take bfloat16, two of them where one would show."""
+    case = Case(decay, True, T=T, K=128, V=128)
+    inputs = case.draw("cuda")
+    right = {"o": defined(case, inputs)["o"]}
+    off = {}
+    for name in ("triton", "torch"):
+        with backend(name), torch.no_grad():
+            off[name] = apart({"o": recurrence(**inputs)[0]}, right)["o"]
+    assert off["triton"] <= 1.2 * off["torch"], off
 
 
 @pytest.mark.parametrize("delta", [False, True])

@@ -34,6 +34,7 @@ class _Rehearsal(threading.local):
 
 
 _rehearsal = _Rehearsal()
+_threads = threading.local()
 _met: set[Hashable] = set()
 
 
@@ -145,6 +146,15 @@ def on_device(t: Tensor) -> AbstractContextManager[Any]:
     if t.is_cuda and t.device.index != torch.cuda.current_device():
         return torch.cuda.device(t.device)
     return nullcontext()
+
+
+def ready_to_describe(device: torch.device) -> None:
+    """See that this thread may describe tensors to the copy engine: the driver asks for a context,
+    and a thread of autograd's has none until PyTorch has worked in it."""
+    seen = _threads.__dict__.setdefault("seen", set())
+    if device.type == "cuda" and device not in seen:
+        torch.zeros(1, device=device)
+        seen.add(device)
 
 
 def met(kind: Hashable) -> bool:

@@ -55,6 +55,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def copy_engine(device: torch.device) -> bool:
+    """Whether the GPU copies tiles by a tensor's description (Hopper's does)."""
+    return arch(device) == "sm90"
+
+
 @cache
 def table(arch: str) -> dict[str, dict[str, int]]:
     shipped = json.loads((Path(__file__).parent / "configs.json").read_text())

@@ -1,11 +1,11 @@
 """The gradients of a chunk's inputs, from the state before it and the gradient after it.
 
-All chunks at once: in one kernel where a block holds all key channels, so that everything is read
-once, else in two, dA and Y first. With D and F of the passes over time (:mod:`scan`), S the state
-before the chunk and dS the gradient after it:
+All chunks and blocks of key channels at once, in one kernel, or in two, dA and Y first, where
+making them in every block costs more than the memory between. With D and F of the passes over time
+(:mod:`scan`), S the state before the chunk and dS the gradient after it:
 
     dA = lower(do D^T)           dq  = scale exp(G) (do S^T) + dA k
-    Y  = strict_lower(F D^T)     Z   = exp(G) (F S^T) + Y k,    both from W and N
+    Y  = strict_lower(F D^T)     Z   = exp(G) (F S^T) + Y k
     dk = exp(G_end - G) (D dS^T) + dA^T q - (beta Y)^T k - beta Z
     dbeta = F . v - k . Z        dv  = beta F (the delta rule; else scan_back wrote it)
 
@@ -22,6 +22,7 @@ from subquad.ops.recurrence.triton.parts import (
     HEAD,
     NONE,
     block,
+    bulk,
     fade,
     gates,
     halves,
@@ -34,6 +35,7 @@ from subquad.ops.recurrence.triton.parts import (
     summed,
     summed_back,
     tile,
+    whole_gate,
 )
 
 
@@ -102,8 +104,8 @@ def score_grads(
                 d = tile(V_, first, left, HV, hv, value, V, C, BV)
             a = tl.dot(do, tl.trans(d), a, input_precision=PRECISION)
         if DECAY == HEAD:
-            G = gates(G_, GS, first, left, HD, h * HD // H, chunk, H, h, C, FUSE)[0]
-            lower = fade(G[:, None], G[None, :], i >= j)
+            G = gates(G_, GS, None, first, left, HD, h * HD // H, chunk, H, h, C, FUSE, False)[0]
+            lower = fade(tl.trans(G), G, i >= j)
             a *= lower
             y *= lower
         put_block(DA, tl.where(i >= j, a * scale, 0.0), chunk, H, h, 0, C, C, C)
@@ -115,17 +117,20 @@ def score_grads(
 
 @kernel
 def grads(
-    Q, K_, V_, G_, BETA, DO, D_, F_, HS, DHS, DA, Y, GS, FLAG, TABLE, DQ, DK, DV, DG, DB,
-    scale, T, H, HQ, HK, HV, HD, HB,
+    Q, K_, V_, G_, BETA, DO, D_, F_, FD, HS, DHS, DA, Y, GS, FLAG, TABLE, DQ, DK, DV, DG, DB,
+    scale, T, SIZE, H, HQ, HK, HV, HD, HB,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, STRONG: tl.constexpr,
-    FUSE: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    FUSE: tl.constexpr, EXACT: tl.constexpr, ALONE: tl.constexpr, BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """STRONG does the chunks that prepare flagged, the other call the rest. With BK < K, DA, Y, DV
-    and DB hold what :func:`score_grads` wrote."""
-    ALONE: tl.constexpr = BK >= K
+    """BK key channels of a chunk. DB, and DG of a decay per head, get a part each from every block
+    of channels, SIZE elements apart. STRONG does the chunks that prepare flagged, the other call
+    the rest. Unless ALONE, DA, Y, DV and the first part of DB hold what :func:`score_grads` wrote.
+    """
     index = tl.program_id(0)
     h = tl.program_id(1)
+    side = tl.program_id(2)
     first, end, _, _, _, chunk = segment(TABLE, index, T, C, C, PACKED)
     left = end - first
     place = chunk.to(tl.int64) * H + h
@@ -136,130 +141,135 @@ def grads(
         hq, hk, hv, hd = h * HQ // H, h * HK // H, h * HV // H, h * HD // H
         kind = K_.dtype.element_ty
         n = tl.arange(0, C)
+        column = side * BK
+        columns = column + tl.arange(0, BK)
+        once = tl.where(side == 0, left, 0)  # what is no channel's is done by the first block
         if DELTA:
             beta = numbers(BETA, first, left, HB, h * HB // H, C)
-            if ALONE:
+            if ALONE:  # before the products, which take all registers
                 db = tl.zeros([C], tl.float32)
+                for value in range(0, V, BV):
+                    f = tile(F_, first, once, H, h, value, V, C, BV)
+                    v = tile(V_, first, once, HV, hv, value, V, C, BV)
+                    db += tl.sum(f.to(tl.float32) * v.to(tl.float32), axis=1)
+                    put(DV, f * beta[:, None], first, once, H, h, value, V, C, BV)
             else:
-                db = numbers(DB, first, left, H, h, C)
-        if DECAY == HEAD:
-            got = gates(G_, GS, first, left, HD, hd, chunk, H, h, C, FUSE)
-            G1, rise, fall, whole = got[0], got[1], got[2], got[3]
-            gains = tl.zeros([C], tl.float32)
-            tail = 0.0
-        for column in range(0, K, BK):
-            columns = column + tl.arange(0, BK)
-            dq = tl.zeros([C, BK], tl.float32)
-            dk = tl.zeros([C, BK], tl.float32)
-            z = tl.zeros([C, BK], tl.float32)
-            forget = tl.zeros([BK], tl.float32)
-            if ALONE:
-                a = tl.zeros([C, C], tl.float32)
-                y = tl.zeros([C, C], tl.float32)
-            for value in range(0, V, BV):
+                db = numbers(DB, first, once, H, h, C)
+        dq = tl.zeros([C, BK], tl.float32)
+        dk = tl.zeros([C, BK], tl.float32)
+        z = tl.zeros([C, BK], tl.float32)
+        forget = tl.zeros([BK], tl.float32)
+        if ALONE:
+            a = tl.zeros([C, C], tl.float32)
+            y = tl.zeros([C, C], tl.float32)
+        for value in range(0, V, BV):
+            if BULK:
+                row = (chunk * H + h) * V + value
+                S = HS.load([row, column])
+                dS = DHS.load([row, column])
+            else:
                 r = value + tl.arange(0, BV)[:, None]
                 ok = (r < V) & (columns[None, :] < K)
                 at = place * (V * K) + r * K + columns[None, :]
                 S = tl.load(HS + at, mask=ok, other=0.0)
                 dS = tl.load(DHS + at, mask=ok, other=0.0)
-                do = tile(DO, first, left, H, h, value, V, C, BV)
-                dq = tl.dot(do, S, dq, input_precision=PRECISION)
-                if DELTA:
-                    d = tile(D_, first, left, H, h, value, V, C, BV)
-                    f = tile(F_, first, left, H, h, value, V, C, BV)
-                    z = tl.dot(f, S, z, input_precision=PRECISION)
-                    if ALONE:
-                        v = tile(V_, first, left, HV, hv, value, V, C, BV)
-                        y = tl.dot(f, tl.trans(d), y, input_precision=PRECISION)
-                        db += tl.sum(f.to(tl.float32) * v.to(tl.float32), axis=1)
-                        put(DV, f * beta[:, None], first, left, H, h, value, V, C, BV)
-                else:
-                    d = tile(V_, first, left, HV, hv, value, V, C, BV)
-                if ALONE:
-                    a = tl.dot(do, tl.trans(d), a, input_precision=PRECISION)
-                dk = tl.dot(d, dS, dk, input_precision=PRECISION)
-                if DECAY != NONE:
-                    forget += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
-
-            q = tile(Q, first, left, HQ, hq, column, K, C, BK)
-            k = tile(K_, first, left, HK, hk, column, K, C, BK)
-            if ALONE:
-                if DECAY == HEAD:
-                    lower = fade(G1[:, None], G1[None, :], n[:, None] >= n[None, :])
-                    a *= lower
-                    y *= lower
-                a = tl.where(n[:, None] >= n[None, :], a * scale, 0.0).to(kind)
-                y = tl.where(n[:, None] > n[None, :], y, 0.0).to(kind)
-            else:
-                a = block(DA, chunk, H, h, 0, C, C, C)
-                if DELTA:
-                    y = block(Y, chunk, H, h, 0, C, C, C)
-            if DECAY == CHANNEL:
-                g = tile(G_, first, left, HD, hd, column, K, C, BK)
-                Gc = summed(g, C, EXACT)
-                factors = GS + place * (3 * K) + columns
-                ends = forget * tl.load(factors, mask=columns < K, other=0.0)
-                if STRONG:
-                    last = tl.sum(g, axis=0)
-                    dq *= tl.exp(Gc) * scale
-                    z *= tl.exp(Gc)
-                    dk *= tl.exp(last[None, :] - Gc)
-                    ends += tl.sum(dk * k, axis=0)
-                    yb = y if DELTA else a
-                    if DELTA:
-                        yb = (y * -beta[:, None]).to(kind)
-                    dq, dk, z = _exact(q, k, Gc, a, y if DELTA else a, yb, dq, dk, z,
-                                       DELTA, C, BK, PRECISION)  # fmt: skip
-                else:
-                    middle = tl.sum(tl.where(n[:, None] < C // 2, g, 0.0), axis=0)
-                    rises = tl.load(factors + K, mask=columns < K, other=0.0)[None, :]
-                    falls = tl.load(factors + 2 * K, mask=columns < K, other=0.0)[None, :]
-                    up = tl.exp(Gc - middle[None, :])
-                    down = tl.exp(middle[None, :] - Gc)
-                    kd = k * down
-                    dk *= falls
-                    ends += tl.sum(dk * kd, axis=0)
-                    kd = kd.to(kind)
-                    dk = tl.dot(tl.trans(a), (q * up).to(kind), dk, input_precision=PRECISION)
-                    dq = up * tl.dot(a, kd, dq * (rises * scale), input_precision=PRECISION)
-                    if DELTA:
-                        kb = (k * up * -beta[:, None]).to(kind)
-                        dk = tl.dot(tl.trans(y), kb, dk, input_precision=PRECISION)
-                        z = up * tl.dot(y, kd, z * rises, input_precision=PRECISION)
-                    dk *= down
-            else:
-                dq *= scale
-                if DECAY == HEAD:
-                    dq *= rise[:, None]
-                    z *= rise[:, None]
-                    dk *= fall[:, None]
-                    tail += tl.sum(tl.sum(dk * k, axis=1), axis=0)
-                    tail += tl.sum(forget, axis=0) * whole
-                dq = tl.dot(a, k, dq, input_precision=PRECISION)
-                dk = tl.dot(tl.trans(a), q, dk, input_precision=PRECISION)
-                if DELTA:
-                    z = tl.dot(y, k, z, input_precision=PRECISION)
-                    kb = (k * -beta[:, None]).to(kind)
-                    dk = tl.dot(tl.trans(y), kb, dk, input_precision=PRECISION)
-
-            put(DQ, dq, first, left, H, h, column, K, C, BK)
-            if DECAY != NONE:
-                gain = q * dq - k * dk
+            do = bulk(DO, first, left, H, h, value, V, C, BV, BULK)
+            dq = tl.dot(do, S, dq, input_precision=PRECISION)
             if DELTA:
-                db -= tl.sum(k * z, axis=1)
-                z *= -beta[:, None]
-                dk += z
-                if DECAY != NONE:
-                    gain += k * z
-            put(DK, dk, first, left, H, h, column, K, C, BK)
-            if DECAY == CHANNEL:
-                dg = summed_back(gain, kind, C, EXACT) + ends[None, :]
-                put(DG, dg, first, left, H, h, column, K, C, BK)
-            elif DECAY == HEAD:
-                gains += tl.sum(gain, axis=1)
+                d = bulk(D_, first, left, H, h, value, V, C, BV, BULK)
+                f = bulk(FD, first, left, H, h, value, V, C, BV, BULK)
+                z = tl.dot(f, S, z, input_precision=PRECISION)
+                if ALONE:
+                    y = tl.dot(f, tl.trans(d), y, input_precision=PRECISION)
+            else:
+                d = tile(V_, first, left, HV, hv, value, V, C, BV)
+            if ALONE:
+                a = tl.dot(do, tl.trans(d), a, input_precision=PRECISION)
+            dk = tl.dot(d, dS, dk, input_precision=PRECISION)
+            if DECAY != NONE:
+                forget += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
 
         if DECAY == HEAD:
-            dg1 = tl.cumsum(gains, axis=0, reverse=True) + tail
-            tl.store(DG + first * H + h + n * H, dg1, mask=n < left)
+            G, rise, fall = gates(G_, GS, None, first, left, HD, hd, chunk, H, h, C, FUSE, False)
+        if ALONE:
+            keep = n[:, None] >= n[None, :]
+            if DECAY == HEAD:
+                lower = fade(tl.trans(G), G, keep)
+                a *= lower
+                y *= lower
+            a = tl.where(keep, a * scale, 0.0).to(kind)
+            y = tl.where(n[:, None] > n[None, :], y, 0.0)
+        else:
+            a = block(DA, chunk, H, h, 0, C, C, C)
+            if DELTA:
+                y = block(Y, chunk, H, h, 0, C, C, C)
         if DELTA:
-            tl.store(DB + first * H + h + n * H, db, mask=n < left)
+            yb = (y * -beta[:, None]).to(kind)
+            y = y.to(kind)
+        q = tile(Q, first, left, HQ, hq, column, K, C, BK)
+        k = tile(K_, first, left, HK, hk, column, K, C, BK)
+        if DECAY == CHANNEL:
+            g = tile(G_, first, left, HD, hd, column, K, C, BK)
+            Gc = summed(g, C, EXACT)
+            factors = GS + place * (3 * K) + columns
+            ends = forget * tl.load(factors, mask=columns < K, other=0.0)
+            if STRONG:
+                last = tl.sum(g, axis=0)
+                dq *= tl.exp(Gc) * scale
+                z *= tl.exp(Gc)
+                dk *= tl.exp(last[None, :] - Gc)
+                ends += tl.sum(dk * k, axis=0)
+                dq, dk, z = _exact(q, k, Gc, a, y if DELTA else a, yb if DELTA else a, dq, dk, z,
+                                   DELTA, C, BK, PRECISION)  # fmt: skip
+            else:
+                middle = tl.sum(tl.where(n[:, None] < C // 2, g, 0.0), axis=0)
+                rises = tl.load(factors + K, mask=columns < K, other=0.0)[None, :]
+                falls = tl.load(factors + 2 * K, mask=columns < K, other=0.0)[None, :]
+                up = tl.exp(Gc - middle[None, :])
+                down = tl.exp(middle[None, :] - Gc)
+                kd = k * down
+                dk *= falls
+                ends += tl.sum(dk * kd, axis=0)
+                kd = kd.to(kind)
+                dk = tl.dot(tl.trans(a), (q * up).to(kind), dk, input_precision=PRECISION)
+                dq = up * tl.dot(a, kd, dq * (rises * scale), input_precision=PRECISION)
+                if DELTA:
+                    dk = tl.dot(tl.trans(yb), (k * up).to(kind), dk, input_precision=PRECISION)
+                    z = up * tl.dot(y, kd, z * rises, input_precision=PRECISION)
+                dk *= down
+        else:
+            dq *= scale
+            if DECAY == HEAD:
+                rise = tl.trans(rise)
+                dq *= rise
+                z *= rise
+                dk *= tl.trans(fall)
+                tail = tl.sum(tl.sum(dk * k, axis=1), axis=0)
+                whole = whole_gate(G_, GS, first, left, HD, hd, chunk, H, h, C, FUSE)
+                tail += tl.sum(forget, axis=0) * whole
+            dq = tl.dot(a, k, dq, input_precision=PRECISION)
+            dk = tl.dot(tl.trans(a), q, dk, input_precision=PRECISION)
+            if DELTA:
+                z = tl.dot(y, k, z, input_precision=PRECISION)
+                dk = tl.dot(tl.trans(yb), k, dk, input_precision=PRECISION)
+
+        put(DQ, dq, first, left, H, h, column, K, C, BK)
+        if DECAY == CHANNEL:
+            gain = q * dq - k * dk
+            if DELTA:
+                gain -= k * z * beta[:, None]
+            dg = summed_back(gain, kind, C, EXACT) + ends[None, :]
+            put(DG, dg, first, left, H, h, column, K, C, BK)
+        elif DECAY == HEAD:
+            gains = tl.sum(q * dq - k * dk, axis=1)
+        if DELTA:
+            kz = tl.sum(k * z, axis=1)
+            db -= kz
+            dk -= z * beta[:, None]
+            tl.store(DB + side * SIZE + first * H + h + n * H, db, mask=n < left)
+        put(DK, dk, first, left, H, h, column, K, C, BK)
+        if DECAY == HEAD:
+            if DELTA:
+                gains -= kz * beta
+            dg1 = tl.cumsum(gains, axis=0, reverse=True) + tail
+            tl.store(DG + side * SIZE + first * H + h + n * H, dg1, mask=n < left)

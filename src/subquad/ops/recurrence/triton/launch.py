@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from subquad.ops import kernel
 from subquad.ops.kernel import Launch
@@ -25,11 +26,12 @@ class Ready(NamedTuple):
     """What :mod:`prepare` wrote, under its names; None where not needed."""
 
     A: Tensor | None = None
-    M: Tensor | None = None
+    AL: Tensor | None = None
     P: Tensor | None = None
-    W: Tensor | None = None
+    BS: Tensor | None = None
     QG: Tensor | None = None
     KG: Tensor | None = None
+    KW: Tensor | None = None
     GS: Tensor | None = None
     flag: Tensor | None = None
 
@@ -47,41 +49,45 @@ def bound(make: Callable[..., Launch]) -> Callable[..., Launch]:
 
 
 @bound
-def _prepare(p: Plan, scale: float, back: bool, strong: bool) -> Launch:
+def _prepare(p: Plan, scale: float, fine: bool, strong: bool) -> Launch:
     return prepare.bind(
-        (p.chunks, p.H), scale, p.T, back, **p.pick("H", "HQ", "HK", "HD", "HB"),
+        (p.chunks, p.H), scale, p.T, **p.pick("H", "HQ", "HK", "HD", "HB"),
         K=p.K, C=C, DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.packed, STRONG=strong,
-        LIMIT=LIMITS[p.dtype], EXACT=p.exact, PRECISION=p.precision,
-        **{"JOINED": False, **p.config("prepare")},
+        LIMIT=LIMITS[p.dtype], EXACT=p.exact, FINE=fine, BULK=p.bulk_prepare,
+        PRECISION=p.precision, **p.config("prepare"),
     )  # fmt: skip
 
 
-def prepared(p: Plan, q, k, decay, beta, scale: float, table, back: bool) -> Ready:
-    """What :mod:`prepare` writes; without a launch where the passes need none of it."""
-    if p.fuse:
-        return Ready()
-    channel, delta, chunks, float32 = p.decay == "channel", p.delta, (p.chunks, p.H), torch.float32
-    joined = p.config("prepare").get("JOINED", False)
+def room(p: Plan, v: Tensor, fine: bool) -> Ready:
+    """Memory for what :mod:`prepare` writes."""
+    channel, chunks, float32 = p.decay == "channel", (p.chunks, p.H), torch.float32
 
     def new(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
-        return q.new_empty(*chunks, *shape, dtype=dtype)
+        return v.new_empty(*chunks, *shape, dtype=dtype)
 
-    scratch = new(C, 16, dtype=float32) if delta and not joined else None
-    M = new(C, C) if delta else None
-    out = Ready(
+    return Ready(
         A=new(C, C),
-        M=M,
-        P=new(C, C) if delta and back else M,
-        W=new(C, p.K) if delta else None,
+        AL=new(C, C) if fine else None,
+        P=new(C, C) if p.delta else None,
+        BS=new(C, dtype=float32) if p.delta else None,
         QG=new(C, p.K) if channel else None,
         KG=new(C, p.K) if channel else None,
+        KW=new(C, p.K) if channel and p.delta else None,
         GS=None if p.decay == "none" else new(3 * (p.K if channel else C), dtype=float32),
         flag=new(dtype=torch.int32) if channel else None,
     )
-    for strong in (False, True) if channel else (False,):
-        _prepare(p, scale, back, strong)(
-            q, k, decay, beta, table, out.flag, scratch, *out[:7]
-        )  # fmt: skip
+
+
+def prepared(p: Plan, q, k, decay, beta, scale: float, table, fine: bool) -> Ready:
+    """What :mod:`prepare` writes; without a launch where the passes need none of it."""
+    if p.fuse:
+        return Ready()
+    out = room(p, q, fine)
+    if p.bulk_prepare:
+        BK = p.config("prepare")["BK"]
+        q, k = described(p, BK, q, k, width=BK)
+    for strong in (False, True) if p.decay == "channel" else (False,):
+        _prepare(p, scale, fine, strong)(q, k, decay, beta, table, out.flag, *out[:8])
     return out
 
 
@@ -98,8 +104,8 @@ def _scan(p: Plan, scale: float, init: bool, outs: tuple[str, ...]) -> Launch:
         (p.segments * blocks, p.H), scale, p.T, p.size, **p.pick("H", "HQ", "HK", "HV", "HD"),
         **p.switches(
             C=C, BK=configs.key_width(p.K), HAS_INIT=init, OUTPUT="O" in outs, KEEP="HS" in outs,
-            END="FINAL" in outs, SPLIT=split, FUSE=p.fuse,
-            FINE=p.fuse and p.dtype == torch.bfloat16, PRECISION=p.precision,
+            END="FINAL" in outs, SPLIT=split, FUSE=p.fuse, BULK=p.bulk,
+            FINE=p.fine and "HS" not in outs, PRECISION=p.precision,
         ),
         **c,
     )  # fmt: skip
@@ -107,10 +113,35 @@ def _scan(p: Plan, scale: float, init: bool, outs: tuple[str, ...]) -> Launch:
 
 def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, table, **outs) -> None:
     """One :func:`scan.scan`; the outputs that are given are written."""
+    A, AL, P, BS, QG, KG, KW, GS, _ = ready
+    BD = GD = None
+    if p.bulk:
+        q, k, v = described(p, p.scan["BV"], q, k, v)
+        A, AL, P, BD, GD = blocks(A, AL, P, BS, GS)
     _scan(p, scale, init is not None, (*outs,))(
-        q, k, v, decay, ready.A, ready.M, ready.W, ready.QG, ready.KG, ready.GS, init, table,
+        q, k, v, decay, A, AL, P, BS, BD, QG, KG, KW, GS, GD, init, table,
         *[outs.get(n) for n in SCANNED],
     )  # fmt: skip
+
+
+def described(p: Plan, BV: int, *tensors: Tensor, width: int = 0) -> list[TensorDescriptor]:
+    """Descriptors of chunks' rows, a head each: ``width`` (K) columns, of the last tensor BV."""
+    kernel.ready_to_describe(p.device)
+    widths = [width or p.K] * (len(tensors) - 1) + [BV]
+    flat = [t.view(p.B * p.T, -1) for t in tensors]
+    return [
+        TensorDescriptor(f, list(f.shape), list(f.stride()), [C, w]) for f, w in zip(flat, widths)
+    ]
+
+
+def blocks(*tensors: Tensor | None) -> list[TensorDescriptor | None]:
+    """Descriptors of what :mod:`prepare` wrote: blocks ``[C,C]``, or rows of float32."""
+    found: list[TensorDescriptor | None] = []
+    for t in tensors:
+        f = None if t is None else t.view(-1, C)
+        rows = 1 if t is not None and t.dtype == torch.float32 else C
+        found.append(f if f is None else TensorDescriptor(f, list(f.shape), [C, 1], [rows, C]))
+    return found
 
 
 @bound
@@ -128,24 +159,25 @@ def _combine(p: Plan, init: bool, rows: tuple[int, int, int], back: bool) -> Lau
 
 def forward(
     q, k, v, decay, beta, state, cu, *, scale: float, trains: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, the final state, and for the backward pass of a split sequence the states before its
-    segments and their transitions (empty where nothing is split). ``trains`` says that the backward
-    pass will come, and only matters to what the first call compiles."""
+) -> tuple[Tensor, ...]:
+    """o, the final state, and what the backward pass takes over: for a split sequence the states
+    before its segments and their transitions, and where ``trains`` says that it will come what it
+    would else prepare again (:func:`kept`); empty where there is nothing."""
     p = plan(q, k, v, decay, beta, cu)
     if not met(p, state is None, trains):
         inputs = (q, k, v, decay, beta, state, cu)
 
         def rehearsal() -> None:
-            o, _, *kept = forward(*inputs, scale=scale)
+            o, _, *rest = forward(*inputs, scale=scale, trains=trains)
             if trains:
-                backward(o, None, *inputs, *kept, scale=scale)
+                backward(o, None, *inputs, *rest, scale=scale)
 
         kernel.rehearse(rehearsal)
     table, first, chunk_table = tables(p, cu)
     o = v.new_empty(p.B, p.T, p.H, p.V)
     final = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
-    args = (p, q, k, v, decay, prepared(p, q, k, decay, beta, scale, chunk_table, back=False))
+    ready = prepared(p, q, k, decay, beta, scale, chunk_table, p.fine)
+    args = (p, q, k, v, decay, ready)
     starts, link = carried(p, v)
     if p.split:
         rows, from_row = link_rows(p)
@@ -155,7 +187,22 @@ def forward(
         carry(local, link, state, first, starts)
         state = starts
     run_scan(*args, state, scale, table, O=o, FINAL=final)
-    return o, final, starts, link
+    return o, final, starts, link, *kept(p, v, ready, trains)
+
+
+def kept(
+    p: Plan, v: Tensor, ready: Ready | None, trains: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the backward pass need not prepare again: A, P, BS and GS, or empty tensors. A decay per
+    channel would keep gated queries and keys, too, and prepares again. Without ``ready``: memory
+    for it."""
+    if not trains or p.decay == "channel" or p.fuse:
+        ready = Ready()
+    elif ready is None:
+        ready = room(p, v, False)
+    found = (ready.A, ready.P, ready.BS, ready.GS)
+    A, P, BS, GS = (v.new_empty(0) if t is None else t for t in found)
+    return A, P, BS, GS
 
 
 def met(p: Plan, *kind: Hashable) -> bool:
@@ -185,15 +232,19 @@ def link_rows(p: Plan) -> tuple[int, int]:
 
 
 def backward(
-    do, dfinal, q, k, v, decay, beta, state, cu, starts, link, *, scale: float
+    do, dfinal, q, k, v, decay, beta, state, cu, starts, link, A, P, BS, GS, *, scale: float
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, decay, beta (float32, or None) and state, each with all H heads."""
     p = plan(q, k, v, decay, beta, cu)
     if not met(p, state is None, dfinal is None, "backward"):
-        inputs = (do, dfinal, q, k, v, decay, beta, state, cu, starts, link)
+        inputs = (do, dfinal, q, k, v, decay, beta, state, cu, starts, link, A, P, BS, GS)
         kernel.rehearse(lambda: backward(*inputs, scale=scale))
     table, first, chunk_table = tables(p, cu)
-    ready = prepared(p, q, k, decay, beta, scale, chunk_table, back=True)
+    if A.numel():
+        given = {"P": P, "BS": BS} if p.delta else {}
+        ready = Ready(A, **given, GS=GS if p.decay == "head" else None)
+    else:
+        ready = prepared(p, q, k, decay, beta, scale, chunk_table, False)
     # The states before every chunk are computed again: storing them costs more than the pass.
     before = v.new_empty(p.chunks, p.H, p.V, p.K)
     new = v.new_empty(p.B, p.T, p.H, p.V) if p.delta else None
@@ -219,24 +270,40 @@ def backward(
     dk = torch.empty_like(dq)
     dv = torch.empty_like(through) if p.delta else through
     dg = db = None
-    if p.decay != "none":
-        shape = (p.B, p.T, p.H, p.K)[: decay.dim()]
-        dg = q.new_empty(shape, dtype=torch.float32)
+    if p.decay == "channel":
+        dg = q.new_empty(p.B, p.T, p.H, p.K, dtype=torch.float32)
+    elif p.decay == "head":
+        dg = q.new_empty(p.parts, p.B, p.T, p.H, dtype=torch.float32)
     if p.delta:
-        db = q.new_empty(p.B, p.T, p.H, dtype=torch.float32)
+        db = q.new_empty(p.parts, p.B, p.T, p.H, dtype=torch.float32)
     da = y = None
-    if p.config("grads")["BK"] < p.K:
+    if not p.alone:
         da = v.new_empty(p.chunks, p.H, C, C)
         y = torch.empty_like(da) if p.delta else None
         _score_grads(p, scale)(
             v, decay, beta, do, new, through, ready.GS, chunk_table, da, y, dv, db
         )  # fmt: skip
+    D, F, HS, DHS = new, through, before, after
+    if p.bulk and new is not None:
+        c = p.config("grads")
+        do, D, F = described(p, c["BV"], do, new, through, width=c["BV"])
+        HS, DHS = (
+            TensorDescriptor(t.view(-1, p.K), [p.chunks * p.H * p.V, p.K], [p.K, 1],
+                             [c["BV"], c["BK"]])
+            for t in (HS, DHS)
+        )  # fmt: skip
     for strong in (False, True) if p.decay == "channel" else (False,):
         _grads(p, scale, strong)(
-            q, k, v, decay, beta, do, new, through, before, after, da, y, ready.GS, ready.flag,
+            q, k, v, decay, beta, do, D, through, F, HS, DHS, da, y, ready.GS, ready.flag,
             chunk_table, dq, dk, dv, dg, db,
         )  # fmt: skip
+    dg = dg if dg is None or p.decay == "channel" else _joined(dg)
+    db = None if db is None else _joined(db)
     return dq, dk, dv, dg, db, dstate
+
+
+def _joined(parts: Tensor) -> Tensor:
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 @bound
@@ -251,9 +318,12 @@ def _score_grads(p: Plan, scale: float) -> Launch:
 @bound
 def _grads(p: Plan, scale: float, strong: bool) -> Launch:
     return grads.bind(
-        (p.chunks, p.H), scale, p.T, **p.heads,
-        **p.switches(C=C, STRONG=strong, FUSE=p.fuse, EXACT=p.exact, PRECISION=p.precision),
-        **p.config("grads"),
+        (p.chunks, p.H, p.parts), scale, p.T, p.B * p.T * p.H,
+        **p.heads,
+        **p.switches(
+            C=C, STRONG=strong, FUSE=p.fuse, EXACT=p.exact, BULK=p.bulk, PRECISION=p.precision
+        ),
+        **{"ALONE": p.alone, **p.config("grads")},
     )  # fmt: skip
 
 
@@ -264,7 +334,7 @@ def _scan_back(p: Plan, scale: float, init: bool, split: bool) -> Launch:
         (p.segments * cdiv(p.V, c["BV"]), p.H), scale, p.T, p.size,
         **p.pick("H", "HQ", "HK", "HD"),
         **p.switches(
-            C=C, BK=configs.key_width(p.K), HAS_INIT=init, SPLIT=split, FUSE=p.fuse,
+            C=C, BK=configs.key_width(p.K), HAS_INIT=init, SPLIT=split, FUSE=p.fuse, BULK=p.bulk,
             PRECISION=p.precision,
         ),
         **c,
@@ -273,8 +343,13 @@ def _scan_back(p: Plan, scale: float, init: bool, split: bool) -> Launch:
 
 def run_back(p: Plan, q, k, decay, do, ready: Ready, init, scale, table, **outs) -> None:
     """One :func:`scan.scan_back`; the outputs that are given are written."""
+    A, _, P, BS, QG, KG, KW, GS, _ = ready
+    BD = GD = None
+    if p.bulk:
+        q, k, do = described(p, p.config("scan_back")["BV"], q, k, do)
+        A, P, BD, GD = blocks(A, P, BS, GS)
     _scan_back(p, scale, init is not None, "LOCAL" in outs)(
-        q, k, decay, do, ready.A, ready.P, ready.W, ready.QG, ready.KG, ready.GS, init, table,
+        q, k, decay, do, A, P, BS, BD, QG, KG, KW, GS, GD, init, table,
         *[outs.get(n) for n in ("OUT", "HS", "START", "LOCAL")],
     )  # fmt: skip
 

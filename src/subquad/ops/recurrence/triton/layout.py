@@ -15,6 +15,7 @@ from subquad.ops.recurrence.triton import configs
 
 C = 64  # rows of a chunk
 SHORT = 4096  # tokens up to which a launch weighs more than computing the scores twice
+MANY = 8192  # chunks of a head from which on the copy engine pays for describing tensors to it
 NAMES = {"none": 0, "head": 1, "channel": 2}
 
 
@@ -79,15 +80,51 @@ class Plan:
     @cached_property
     def fuse(self) -> bool:
         """Whether the passes compute the scores themselves: short sequences in one launch."""
-        short = self.T <= SHORT or self.decay == "none"
-        return short and self.decay != "channel" and not self.delta
+        if self.delta or self.decay == "channel":
+            return False
+        return self.decay == "none" or self.T <= SHORT
+
+    @cached_property
+    def fine(self) -> bool:
+        """Whether the outputs' operands enter as two bfloat16 (see :mod:`scan`)."""
+        return self.dtype == torch.bfloat16 and (
+            self.fuse or (self.delta and self.decay != "channel")
+        )
+
+    @cached_property
+    def bulk(self) -> bool:
+        """Whether the delta rule's tiles are read by the copy engine: whole chunks, full tiles."""
+        return (
+            self.delta and self.decay != "channel" and not self.packed and self.T % C == 0
+            and self.K == self.V == 128 and self.dtype != torch.float32
+            and self.chunks * self.H >= MANY and configs.copy_engine(self.device)
+        )  # fmt: skip
+
+    @cached_property
+    def bulk_prepare(self) -> bool:
+        """Whether prepare reads so: a tile of all channels, or several that are read ahead."""
+        if not self.bulk:
+            return False
+        c = self.config("prepare")
+        return c["BK"] >= self.K or c["num_stages"] > 1
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether a chunk's gradients take one kernel, not two."""
+        c = self.config("grads")
+        return bool(c.get("ALONE", c["BK"] >= self.K))
+
+    @cached_property
+    def parts(self) -> int:
+        """Programs of a chunk's gradients, each with its share of the key channels."""
+        return cdiv(self.K, self.config("grads")["BK"])
 
     @cached_property
     def form(self) -> tuple:
         """What decides which kernels a call compiles, beside the inputs that are None."""
         return (
             self.K, self.V, self.decay, self.delta, self.dtype, self.device, self.packed,
-            self.split, self.fuse,
+            self.split, self.fuse, self.bulk,
         )  # fmt: skip
 
     @property

@@ -37,7 +37,7 @@ def recurrence(
     )
     if form == "recurrent" or (form == "auto" and q.shape[1] == 1 and not trains):
         return _steps(*args)
-    o, final, _, _ = _forward(*args, trains)
+    o, final, *_ = _forward(*args, trains)
     return o, final
 
 
@@ -71,11 +71,12 @@ def _forward(
     cu_seqlens: Tensor | None,
     scale: float,
     trains: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with on_device(q):
-        return launch.forward(
+        out: tuple[Any, ...] = launch.forward(
             *_dense(q, k, v, decay, beta, state, cu_seqlens), scale=scale, trains=trains
         )
+    return out
 
 
 @operation("recurrence_backward")
@@ -91,10 +92,14 @@ def _backward(
     cu_seqlens: Tensor | None,
     starts: Tensor,
     link: Tensor,
+    A: Tensor,
+    P: Tensor,
+    BS: Tensor,
+    GS: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = _dense(q, k, v, decay, beta, state)
-    more = _dense(cu_seqlens, starts, link)
+    more = _dense(cu_seqlens, starts, link, A, P, BS, GS)
     with on_device(q):
         out: tuple[Any, ...] = launch.backward(*_dense(do, dfinal), *inputs, *more, scale=scale)
     dq, dk, dv, ddecay, dbeta, dstate = (
@@ -131,11 +136,12 @@ def _(q, k, v, decay, beta, state, cu_seqlens, scale):
 def _(q, k, v, decay, beta, state, cu_seqlens, scale, trains=False):
     # Sizes may be symbols, which cannot be looked up.
     p = layout.lay_out.__wrapped__(*layout.shapes(q, k, v, decay, beta, cu_seqlens), False)
-    return *_ends(q, k, v, decay, beta, cu_seqlens), *launch.carried(p, v)
+    rest = *launch.carried(p, v), *launch.kept(p, v, None, trains)
+    return *_ends(q, k, v, decay, beta, cu_seqlens), *rest
 
 
 @_backward.fake
-def _(do, dfinal, q, k, v, decay, beta, state, cu_seqlens, starts, link, scale):
+def _(do, dfinal, q, k, v, decay, beta, state, cu_seqlens, starts, link, A, P, BS, GS, scale):
     inputs = (q, k, v, decay, beta, state)
     return tuple(
         q.new_empty(0, dtype=torch.float32)
@@ -154,11 +160,11 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _derive(ctx, do, dfinal, *_):
-    *tensors, starts, link = ctx.saved_tensors
+    *tensors, starts, link, A, P, BS, GS = ctx.saved_tensors
     v = tensors[2]
     if do is None:
         do = v.new_zeros(v.shape[0], v.shape[1], _heads(*tensors[:5]), v.shape[3])
-    out = _backward(do, dfinal, *tensors, starts, link, ctx.scale)
+    out = _backward(do, dfinal, *tensors, starts, link, A, P, BS, GS, ctx.scale)
     grads = [g if given else None for g, given in zip(out, ctx.given, strict=True)]
     return *grads, None, None, None
 

@@ -63,6 +63,29 @@ def tile(X, first, left, heads, h, column, W: tl.constexpr, C: tl.constexpr, BW:
 
 
 @triton.jit
+def bulk(
+    X, first, left, heads, h, column, W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr,
+    BULK: tl.constexpr,
+):  # fmt: skip
+    """:func:`tile`, or by the copy engine from X's descriptor, which sees no end but the last."""
+    if BULK:
+        return X.load([first.to(tl.int32), h * W + column])
+    else:
+        return tile(X, first, left, heads, h, column, W, C, BW)
+
+
+@triton.jit
+def bulk_block(
+    X, chunk, H, h, W: tl.constexpr, C: tl.constexpr, BULK: tl.constexpr
+):  # fmt: skip
+    """All of :func:`block`, or by the copy engine from X's descriptor."""
+    if BULK:
+        return X.load([(chunk * H + h) * C, 0])
+    else:
+        return block(X, chunk, H, h, 0, W, C, W)
+
+
+@triton.jit
 def tile_t(X, first, left, heads, h, column, W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr):
     """The transposed :func:`tile`, ``[BW,C]``."""
     at, ok = _place(X, first, left, heads, h, column, W, C, BW, 1)
@@ -115,23 +138,75 @@ def put_block(
 
 
 @triton.jit
-def gates(G_, GS, t, left, HD, hd, chunk, H, h, C: tl.constexpr, FUSE: tl.constexpr):
-    """For a decay per head: a chunk's G, exp(G), exp(G_end - G), each ``[C]``, and exp(G_end)."""
+def gates(
+    G_, GS, GD, t, left, HD, hd, chunk, H, h, C: tl.constexpr, FUSE: tl.constexpr,
+    BULK: tl.constexpr,
+):  # fmt: skip
+    """For a decay per head: a chunk's G, exp(G), exp(G_end - G), each ``[1,C]``; GD describes GS
+    to the copy engine."""
     if FUSE:
         g = numbers(G_, t, left, HD, hd, C)
-        G = tl.cumsum(g, axis=0)
-        end = tl.sum(g, axis=0)
+        G = tl.cumsum(g, axis=0)[None, :]
         rise = tl.exp(G)
-        fall = tl.exp(end - G)
-        whole = tl.exp(end)
+        fall = tl.exp(tl.sum(g, axis=0) - G)
     else:
-        at = GS + (chunk.to(tl.int64) * H + h) * (3 * C)
-        r = tl.arange(0, C)
-        G = tl.load(at + r)
-        rise = tl.load(at + C + r)
-        fall = tl.load(at + 2 * C + r)
-        whole = tl.load(at + 2 * C - 1)
-    return G, rise, fall, whole
+        row = (chunk * H + h) * 3
+        if BULK:
+            G = GD.load([row, 0])
+            rise = GD.load([row + 1, 0])
+            fall = GD.load([row + 2, 0])
+        else:
+            at = GS + row.to(tl.int64) * C + tl.arange(0, C)[None, :]
+            G = tl.load(at)
+            rise = tl.load(at + C)
+            fall = tl.load(at + 2 * C)
+    return G, rise, fall
+
+
+@triton.jit
+def gate_row(GS, row, chunk, H, h, C: tl.constexpr):
+    """One of a chunk's :func:`gates`, ``[1,C]``, to be asked for a step ahead: a loop's loads are
+    moved ahead by the compiler only where they go into an operand of a product."""
+    at = GS + (chunk.to(tl.int64) * H + h) * (3 * C) + row * C
+    return tl.load(at + tl.arange(0, C))[None, :]
+
+
+@triton.jit
+def betas(BS, BD, chunk, H, h, C: tl.constexpr, BULK: tl.constexpr):
+    """A chunk's beta ``[1,C]``; BD describes BS to the copy engine."""
+    if BULK:
+        return BD.load([chunk * H + h, 0])
+    else:
+        return tl.load(BS + (chunk.to(tl.int64) * H + h) * C + tl.arange(0, C)[None, :])
+
+
+@triton.jit
+def whole_gate(
+    G_, GS, t, left, HD, hd, chunk, H, h, C: tl.constexpr, FUSE: tl.constexpr
+):  # fmt: skip
+    """For a decay per head: a chunk's exp(G_end); anything for none (``left`` not above 0)."""
+    if FUSE:
+        return tl.exp(tl.sum(numbers(G_, t, left, HD, hd, C), axis=0))
+    else:
+        at = GS + (chunk.to(tl.int64) * H + h) * (3 * C) + 2 * C - 1
+        return tl.load(at, mask=left > 0, other=0.0)
+
+
+@triton.jit
+def halved(x):
+    """x as two bfloat16: cut off, not rounded, which takes a third of the instructions, and the
+    rest."""
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@triton.jit
+def lost(x):
+    """What rounding x to bfloat16 loses, in bfloat16; by its bits, since a conversion whose result
+    is read again takes five times as long."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return (x - rounded.to(tl.float32, bitcast=True)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -188,18 +263,21 @@ def halves(S, C: tl.constexpr):
 @triton.jit
 def _join(X, N, S: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
     """Join the inverses of blocks of S rows in pairs: that of ``[[A, 0], [L, B]]`` has
-    ``-B^-1 L A^-1`` below its diagonal. float16 keeps as many bits as tf32, and moves half."""
-    apart = tl.arange(0, C)[:, None] ^ tl.arange(0, C)[None, :]
-    L = tl.where(apart // S == 1, N, 0.0).to(N.dtype)
+    ``-B^-1 L A^-1`` below its diagonal. L needs no cutting out, since X holds A^-1 and B^-1 alone:
+    N stays where the tensor cores read it. float16 keeps as many bits as tf32, and moves half."""
     if EXACT:
-        return X - tl.dot(tl.dot(X, L, input_precision="tf32x3"), X, input_precision="tf32x3")
-    half = X.to(tl.float16)
-    return X - tl.dot(tl.dot(half, L.to(tl.float16)).to(tl.float16), half)
+        below = tl.dot(tl.dot(X, N, input_precision="tf32x3"), X, input_precision="tf32x3")
+    else:
+        half = X.to(tl.float16)
+        below = tl.dot(tl.dot(half, N).to(tl.float16), half)
+    apart = tl.arange(0, C)[:, None] ^ tl.arange(0, C)[None, :]
+    return X - tl.where(apart // S == 1, below, 0.0)
 
 
 @triton.jit
-def inverse_joined(N, C: tl.constexpr, EXACT: tl.constexpr):
-    """``(I + N)^-1`` of a strictly lower triangular ``N [C,C]``, joined from blocks of one row."""
+def inverse(N, C: tl.constexpr, EXACT: tl.constexpr):
+    """``(I + N)^-1 - I`` of a strictly lower triangular ``N [C,C]``, joined from blocks of one row:
+    without its ones it loses least when it is rounded."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
     X = tl.where(i == j, 1.0, tl.where((i ^ j) == 1, -N, 0.0))
@@ -209,32 +287,5 @@ def inverse_joined(N, C: tl.constexpr, EXACT: tl.constexpr):
     X = _join(X, N, 4, C, EXACT)
     X = _join(X, N, 8, C, EXACT)
     X = _join(X, N, 16, C, EXACT)
-    return _join(X, N, 32, C, EXACT)
-
-
-@triton.jit
-def inverse(N, SCRATCH, C: tl.constexpr, EXACT: tl.constexpr):
-    """``(I + N)^-1`` of a strictly lower triangular ``N [C,C]``.
-
-    First the diagonal blocks of 16, row by row in float32 and all at once, in the compact form
-    ``X[c,r]``: column c at row r of its block. There a sum over the rows stays within few threads,
-    which makes it ten times faster than on the square; memory (SCRATCH, C 16 floats) turns one
-    form into the other.
-    """
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    same = (i // 16) == (j // 16)
-    tl.store(SCRATCH + i * 16 + j % 16, N, mask=same)
-    tl.debug_barrier()
-    r = tl.arange(0, 16)[None, :]
-    X = tl.where(i % 16 == r, 1.0, 0.0)
-    for row in range(1, 16):
-        n = tl.load(SCRATCH + (i // 16 * 16 + row) * 16 + r)
-        x = tl.sum(n * X, axis=1)
-        X = tl.where(r == row, X - x[:, None], X)
-    tl.debug_barrier()
-    tl.store(SCRATCH + i * 16 + r, X)
-    tl.debug_barrier()
-    X = tl.load(SCRATCH + j * 16 + i % 16, mask=same, other=0.0)
-    X = _join(X, N, 16, C, EXACT)
-    return _join(X, N, 32, C, EXACT)
+    X = _join(X, N, 32, C, EXACT)
+    return tl.where(i == j, 0.0, X)

@@ -3,9 +3,10 @@
 Writes, per chunk and head (rows without a token are 0):
 
     A = scale lower(q_i . k_j exp(G_i - G_j))                       the scores
-    P = (I + N)^-1,  N = strict_lower(beta_i k_i . k_j exp(G_i - G_j))
-    M = P diag(beta),  W = -M (exp(G) k)                            for the delta rule
-    QG = scale exp(G) q,  KG = exp(G_end - G) k                     for a decay per channel
+    AL, what A's rounding left                                      for FINE outputs
+    P = (I + N)^-1 - I,  N = strict_lower(beta_i k_i . k_j exp(G_i - G_j))
+    BS, beta without gaps                                           for the delta rule
+    QG = scale exp(G) q,  KG = exp(G_end - G) k,  KW = exp(G) k     for a decay per channel
     GS: G, exp(G), exp(G_end - G) for a decay per head; exp(G_end), exp(ref), exp(G_end - ref) for
         one per channel
 
@@ -22,12 +23,12 @@ import triton.language as tl
 from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
-    block,
+    bulk,
     fade,
     halves,
     inverse,
-    inverse_joined,
     kernel,
+    lost,
     numbers,
     put_block,
     reference,
@@ -60,103 +61,114 @@ def _exact_scores(
     return qk, kk
 
 
+@triton.jit
+def _chunk(
+    Q, K_, G_, BETA, FLAG, A, AL, P, BS, QG, KG, KW, GS, first, left, chunk, h,
+    scale, H, HQ, HK, HD, HB,
+    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, STRONG: tl.constexpr,
+    LIMIT: tl.constexpr, EXACT: tl.constexpr, FINE: tl.constexpr, BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    at = chunk.to(tl.int64) * H + h
+    hq, hk, hd = h * HQ // H, h * HK // H, h * HD // H
+    kind = A.dtype.element_ty
+    i = tl.arange(0, C)[:, None]
+    j = tl.arange(0, C)[None, :]
+    # Asked for first, so that they come beside q and k.
+    if DECAY == HEAD:
+        g1 = numbers(G_, first, left, HD, hd, C)
+    if DELTA:
+        beta = numbers(BETA, first, left, HB, h * HB // H, C)
+    qk = tl.zeros([C, C], tl.float32)
+    kk = tl.zeros([C, C], tl.float32)
+    span = 0.0
+    for column in range(0, K, BK):
+        q = bulk(Q, first, left, HQ, hq, column, K, C, BK, BULK)
+        k = bulk(K_, first, left, HK, hk, column, K, C, BK, BULK)
+        if DECAY == CHANNEL:
+            g = tile(G_, first, left, HD, hd, column, K, C, BK)
+            G = summed(g, C, EXACT)
+            middle = tl.sum(tl.where(i < C // 2, g, 0.0), axis=0)
+            total = middle + tl.sum(tl.where(i < C // 2, 0.0, g), axis=0)
+            if STRONG:
+                qk, kk = _exact_scores(q, k, G, qk, kk, DELTA, C, BK, PRECISION)
+                qg = q * (tl.exp(G) * scale)
+                kg = k * tl.exp(total[None, :] - G)
+                kw = k * tl.exp(G)
+            else:
+                d = G - middle[None, :]
+                span = tl.maximum(span, tl.max(tl.max(tl.abs(d), axis=1), axis=0))
+                qg = q * tl.exp(d)
+                kg = k * tl.exp(-d)
+                down = tl.trans(kg.to(kind))
+                qk = tl.dot(qg.to(kind), down, qk, input_precision=PRECISION)
+                rise = tl.exp(middle)[None, :]
+                if DELTA:
+                    kw = k * tl.exp(d)
+                    kk = tl.dot(kw.to(kind), down, kk, input_precision=PRECISION)
+                    kw *= rise
+                qg *= rise * scale
+                kg *= tl.exp(total - middle)[None, :]
+            put_block(QG, qg, chunk, H, h, column, K, C, BK)
+            put_block(KG, kg, chunk, H, h, column, K, C, BK)
+            if DELTA:
+                put_block(KW, kw, chunk, H, h, column, K, C, BK)
+            c = column + tl.arange(0, BK)
+            to = GS + at * (3 * K) + c
+            tl.store(to, tl.exp(total), mask=c < K)
+            tl.store(to + K, tl.exp(middle), mask=c < K)
+            tl.store(to + 2 * K, tl.exp(total - middle), mask=c < K)
+        else:
+            qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
+            if DELTA:
+                kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
+    if DECAY == CHANNEL and not STRONG:
+        tl.store(FLAG + at, (span > LIMIT).to(tl.int32))
+    if DECAY == HEAD:
+        G1 = tl.cumsum(g1, axis=0)
+        place = GS + at * (3 * C) + tl.arange(0, C)
+        tl.store(place, G1)
+        tl.store(place + C, tl.exp(G1))
+        tl.store(place + 2 * C, tl.exp(tl.sum(g1, axis=0) - G1))
+        lower = fade(G1[:, None], G1[None, :], i >= j)
+        qk *= lower
+        kk *= lower
+    a = tl.where(i >= j, qk * scale, 0.0)
+    put_block(A, a, chunk, H, h, 0, C, C, C)
+    if FINE:
+        put_block(AL, lost(a), chunk, H, h, 0, C, C, C)
+    if DELTA:
+        N = tl.where(i > j, kk * beta[:, None], 0.0)
+        tl.store(BS + at * C + tl.arange(0, C), beta)
+        put_block(P, inverse(N, C, EXACT), chunk, H, h, 0, C, C, C)
+
+
 @kernel
 def prepare(
-    Q, K_, G_, BETA, TABLE, FLAG, SCRATCH, A, M, P, W, QG, KG, GS,
-    scale, T, back, H, HQ, HK, HD, HB,
+    Q, K_, G_, BETA, TABLE, FLAG, A, AL, P, BS, QG, KG, KW, GS,
+    scale, T, H, HQ, HK, HD, HB,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, STRONG: tl.constexpr,
-    LIMIT: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
-    JOINED: tl.constexpr,
+    LIMIT: tl.constexpr, EXACT: tl.constexpr, FINE: tl.constexpr, BULK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``back`` also writes P (no constant: both passes share the compiled kernel)."""
     index = tl.program_id(0)
     h = tl.program_id(1)
-    first, end, _, _, _, chunk = segment(TABLE, index, T, C, C, PACKED)
-    left = end - first
-    at = chunk.to(tl.int64) * H + h
-    wanted = left > 0
-    if STRONG:
-        wanted = wanted & (tl.load(FLAG + at) != 0)
-    if wanted:
-        hq, hk, hd = h * HQ // H, h * HK // H, h * HD // H
-        kind = K_.dtype.element_ty
-        i = tl.arange(0, C)[:, None]
-        j = tl.arange(0, C)[None, :]
-        qk = tl.zeros([C, C], tl.float32)
-        kk = tl.zeros([C, C], tl.float32)
-        span = 0.0
-        for column in range(0, K, BK):
-            q = tile(Q, first, left, HQ, hq, column, K, C, BK)
-            k = tile(K_, first, left, HK, hk, column, K, C, BK)
-            if DECAY == CHANNEL:
-                g = tile(G_, first, left, HD, hd, column, K, C, BK)
-                G = summed(g, C, EXACT)
-                middle = tl.sum(tl.where(i < C // 2, g, 0.0), axis=0)
-                total = middle + tl.sum(tl.where(i < C // 2, 0.0, g), axis=0)
-                if STRONG:
-                    qk, kk = _exact_scores(q, k, G, qk, kk, DELTA, C, BK, PRECISION)
-                    qg = q * (tl.exp(G) * scale)
-                    kg = k * tl.exp(total[None, :] - G)
-                    kw = k * tl.exp(G)
-                else:
-                    d = G - middle[None, :]
-                    span = tl.maximum(span, tl.max(tl.max(tl.abs(d), axis=1), axis=0))
-                    qg = q * tl.exp(d)
-                    kg = k * tl.exp(-d)
-                    down = tl.trans(kg.to(kind))
-                    qk = tl.dot(qg.to(kind), down, qk, input_precision=PRECISION)
-                    rise = tl.exp(middle)[None, :]
-                    if DELTA:
-                        kw = k * tl.exp(d)
-                        kk = tl.dot(kw.to(kind), down, kk, input_precision=PRECISION)
-                        kw *= rise
-                    qg *= rise * scale
-                    kg *= tl.exp(total - middle)[None, :]
-                put_block(QG, qg, chunk, H, h, column, K, C, BK)
-                put_block(KG, kg, chunk, H, h, column, K, C, BK)
-                if DELTA:
-                    put_block(W, kw, chunk, H, h, column, K, C, BK)
-                c = column + tl.arange(0, BK)
-                to = GS + at * (3 * K) + c
-                tl.store(to, tl.exp(total), mask=c < K)
-                tl.store(to + K, tl.exp(middle), mask=c < K)
-                tl.store(to + 2 * K, tl.exp(total - middle), mask=c < K)
-            else:
-                qk = tl.dot(q, tl.trans(k), qk, input_precision=PRECISION)
-                if DELTA:
-                    kk = tl.dot(k, tl.trans(k), kk, input_precision=PRECISION)
-        if DECAY == CHANNEL and not STRONG:
-            tl.store(FLAG + at, (span > LIMIT).to(tl.int32))
-        if DECAY == HEAD:
-            g1 = numbers(G_, first, left, HD, hd, C)
-            G1 = tl.cumsum(g1, axis=0)
-            place = GS + at * (3 * C) + tl.arange(0, C)
-            tl.store(place, G1)
-            tl.store(place + C, tl.exp(G1))
-            tl.store(place + 2 * C, tl.exp(tl.sum(g1, axis=0) - G1))
-            lower = fade(G1[:, None], G1[None, :], i >= j)
-            qk *= lower
-            kk *= lower
-        put_block(A, tl.where(i >= j, qk * scale, 0.0), chunk, H, h, 0, C, C, C)
-        if DELTA:
-            beta = numbers(BETA, first, left, HB, h * HB // H, C)
-            N = tl.where(i > j, kk * beta[:, None], 0.0)
-            if JOINED:
-                inv = inverse_joined(N, C, EXACT)
-            else:
-                inv = inverse(N, SCRATCH + at * (C * 16), C, EXACT)
-            if back:
-                put_block(P, inv, chunk, H, h, 0, C, C, C)
-            inv *= beta[None, :]
-            put_block(M, inv, chunk, H, h, 0, C, C, C)
-            if DECAY == HEAD:
-                inv *= tl.exp(G1)[None, :]
-            weights = (-inv).to(kind)
-            for column in range(0, K, BK):
-                if DECAY == CHANNEL:  # what the first loop left there
-                    k = block(W, chunk, H, h, column, K, C, BK)
-                else:
-                    k = tile(K_, first, left, HK, hk, column, K, C, BK)
-                w = tl.dot(weights, k, input_precision=PRECISION)
-                put_block(W, w, chunk, H, h, column, K, C, BK)
+    if BULK:
+        _chunk(
+            Q, K_, G_, BETA, FLAG, A, AL, P, BS, QG, KG, KW, GS,
+            index.to(tl.int64) * C, C, index, h, scale, H, HQ, HK, HD, HB,
+            K, C, BK, DECAY, DELTA, STRONG, LIMIT, EXACT, FINE, BULK, PRECISION,
+        )  # fmt: skip
+    else:
+        first, end, _, _, _, chunk = segment(TABLE, index, T, C, C, PACKED)
+        wanted = first < end
+        if STRONG:
+            wanted = wanted & (tl.load(FLAG + chunk.to(tl.int64) * H + h) != 0)
+        if wanted:
+            _chunk(
+                Q, K_, G_, BETA, FLAG, A, AL, P, BS, QG, KG, KW, GS,
+                first, end - first, chunk, h, scale, H, HQ, HK, HD, HB,
+                K, C, BK, DECAY, DELTA, STRONG, LIMIT, EXACT, FINE, BULK, PRECISION,
+            )  # fmt: skip

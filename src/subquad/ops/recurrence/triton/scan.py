@@ -2,13 +2,13 @@
 
 The state stands transposed, ``[BV,K]`` in float32 registers: a program owns BV of its value
 columns. Products then take the state and the new values as their left operand, from registers.
-Per chunk, with A, M, W, P, QG and KG of :mod:`prepare` (D = v without the delta rule):
+Per chunk, with A, P, QG, KG and KW of :mod:`prepare` (D = v without the delta rule):
 
-    D = M v + W S                 o = QG S + A D          S <- exp(G_end) S + KG^T D
-    dD = A^T do + KG dS           F = P^T dD              dS <- exp(G_end) dS + QG^T do + W^T dD
+    U = beta (v - KW S)       D = U + P U         o = QG S + A D     S <- exp(G_end) S + KG^T D
+    dD = A^T do + KG dS       F = dD + P^T dD     dS <- exp(G_end) dS + QG^T do - KW^T beta F
 
-For a decay per head QG and KG are q and k, and the factors are put on o and D. Without ``A``
-(FUSE: short sequences, no delta rule) the scores are computed here, one launch in all.
+For a decay per head QG, KG and KW are q and k, and the factors are put on what they meet. Without
+``A`` (FUSE: short sequences, no delta rule) the scores are computed here, one launch in all.
 """
 
 import triton
@@ -17,13 +17,18 @@ import triton.language as tl
 from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
+    betas,
     block,
+    bulk,
+    bulk_block,
     fade,
+    gate_row,
     gates,
+    halved,
     kernel,
     put_t,
     segment,
-    tile,
+    whole_gate,
 )
 
 
@@ -45,32 +50,36 @@ def _keep(HS, S, chunk, h, H, rows, columns, K: tl.constexpr, V: tl.constexpr):
 def _operand(
     X, GATED, t, left, heads, hx, chunk, H, h,
     K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr,
+    BULK: tl.constexpr,
 ):  # fmt: skip
     """q or k of a chunk: the gated one that prepare wrote, or X itself."""
     if DECAY == CHANNEL:
         return block(GATED, chunk, H, h, 0, K, C, BK)
     else:
-        return tile(X, t, left, heads, hx, 0, K, C, BK)
+        return bulk(X, t, left, heads, hx, 0, K, C, BK, BULK)
 
 
 @kernel
 def scan(
-    Q, K_, V_, G_, A, M, W, QG, KG, GS, INIT, TABLE, O, D_, HS, FINAL, LOCAL, TOTAL,
+    Q, K_, V_, G_, A, AL, P, BS, BD, QG, KG, KW, GS, GD, INIT, TABLE,
+    O, D_, HS, FINAL, LOCAL, TOTAL,
     scale, T, SIZE, H, HQ, HK, HV, HD,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, HAS_INIT: tl.constexpr,
     OUTPUT: tl.constexpr, KEEP: tl.constexpr, END: tl.constexpr, SPLIT: tl.constexpr,
-    FUSE: tl.constexpr, FINE: tl.constexpr, PRECISION: tl.constexpr,
+    FUSE: tl.constexpr, FINE: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment of one head, BV columns of the state.
 
-    FINE lets the state and the scores enter o as two bfloat16 each, their rounding as the second.
+    FINE lets the scores and D enter o as two bfloat16 each, their rounding as the second, and
+    where no decay fades what the state has lost the state and what is written to it, too.
 
     OUTPUT writes o; KEEP the state before every chunk (HS) and, for the delta rule, D; END the
     state after the last segment of a sequence. SPLIT starts every segment from zero (HAS_INIT then
     says whether a state will come in) and writes its own final state to LOCAL, for the delta rule
     beside its transition (further columns, from the identity), else beside its decay (TOTAL).
     """
+    FINER: tl.constexpr = FINE and not (DELTA and DECAY == HEAD)
     blocks: tl.constexpr = (V + BV - 1) // BV
     links: tl.constexpr = (K + BV - 1) // BV if SPLIT and DELTA else 0
     pid = tl.program_id(0)
@@ -102,62 +111,103 @@ def scan(
         if not HAS_INIT:
             idle = idle | (opens & (part >= blocks))
         chunks = tl.where(idle, 0, chunks)
+    whole = 1.0
+    if DECAY == HEAD and not FUSE:
+        whole = whole_gate(G_, GS, first, chunks, HD, hd, chunk, H, h, C, FUSE)
     for n in range(chunks):
         t = first + n * C
         left = end - t
-        k = _operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY)
+        if DECAY == HEAD:
+            if FUSE:
+                whole = whole_gate(G_, GS, t, left, HD, hd, chunk, H, h, C, FUSE)
+            else:  # a step ahead, since it is read when all else waits
+                later = whole_gate(G_, GS, t, left - C, HD, hd, chunk + n + 1, H, h, C, FUSE)
+        k = _operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
         kind = k.dtype
-        Sd = S.to(kind)
+        if FINER:
+            Sd, Sl = halved(S)
+        else:
+            Sd = S.to(kind)
         if KEEP:
             _keep(HS, Sd, chunk + n, h, H, rows, columns, K, V)
         # A transition's columns carry no values.
-        v = tl.trans(tile(V_, t, tl.where(part < blocks, left, 0), HV, hv, part * BV, V, C, BV))
+        values = part < blocks
+        v = bulk(
+            V_, tl.where(values, t, 1 << 30), tl.where(values, left, 0), HV, hv, part * BV,
+            V, C, BV, BULK,
+        )  # fmt: skip
+        v = tl.trans(v)
         if DECAY == HEAD:
-            G, rise, fall, whole = gates(G_, GS, t, left, HD, hd, chunk + n, H, h, C, FUSE)
+            G, rise, fall = gates(G_, GS, GD, t, left, HD, hd, chunk + n, H, h, C, FUSE, BULK)
         if DELTA:
-            m = block(M, chunk + n, H, h, 0, C, C, C)
-            w = block(W, chunk + n, H, h, 0, K, C, BK)
-            D = tl.dot(v, tl.trans(m), input_precision=PRECISION)
-            D = tl.dot(Sd, tl.trans(w), D, input_precision=PRECISION)
+            beta = betas(BS, BD, chunk + n, H, h, C, BULK)
+            p = tl.trans(bulk_block(P, chunk + n, H, h, C, C, BULK))
+            kw = k
+            if DECAY == CHANNEL:
+                kw = block(KW, chunk + n, H, h, 0, K, C, BK)
+            read = tl.dot(Sd, tl.trans(kw), input_precision=PRECISION)
+            if FINER:
+                read = tl.dot(Sl, tl.trans(kw), read)
+            if DECAY == HEAD:
+                read *= rise
+            # Turns v within the tensor cores, exactly. A difference, no accumulator: what goes
+            # into operands that way is read steps ahead.
+            eye = tl.where(i == j, 1.0, 0.0).to(kind)
+            D = (tl.dot(v, eye, input_precision=PRECISION) - read) * beta
+            D = tl.dot(D.to(kind), p, D, input_precision=PRECISION)
             if KEEP:
                 put_t(D_, D, t, left, H, h, part * BV, V, C, BV)
-            Dd = D.to(kind)
+            if FINE:
+                Dd, Dl = halved(D)
+            else:
+                Dd = D.to(kind)
         else:
             D = v
             Dd = v
-        if OUTPUT:
-            q = _operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY)
-            o = tl.dot(Sd, tl.trans(q), input_precision=PRECISION)
-            if FINE:
-                o = tl.dot((S - Sd).to(kind), tl.trans(q), o)
-            if DECAY == HEAD:
-                o *= (rise * scale)[None, :]
-            elif DECAY != CHANNEL:
-                o *= scale
-            if FUSE:
-                a = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-                if DECAY == HEAD:
-                    a *= fade(G[None, :], G[:, None], i >= j)
-                else:
-                    a = tl.where(i >= j, a, 0.0)
-                exact = a
-                a = a.to(kind)
-                if FINE:
-                    o = tl.dot(Dd, (exact - a).to(kind), o)
-            else:
-                a = tl.trans(block(A, chunk + n, H, h, 0, C, C, C))
-            o = tl.dot(Dd, a, o, input_precision=PRECISION)
-            put_t(O, o, t, left, H, h, part * BV, V, C, BV)
+        written = Dd
         if DECAY == HEAD:
             S *= whole
-            Dd = (D * fall[None, :]).to(kind)
+            written = (D * fall).to(kind)
             total *= whole
+            if not FUSE:
+                whole = later
         if DECAY == CHANNEL:
             place = GS + ((chunk + n).to(tl.int64) * H + h) * (3 * K) + columns
             factor = tl.load(place, mask=columns < K, other=0.0)
             S *= factor[None, :]
             total *= factor
-        S = tl.dot(Dd, k, S, input_precision=PRECISION)
+        S = tl.dot(written, k, S, input_precision=PRECISION)
+        if FINER and DELTA:
+            S = tl.dot(Dl, k, S)
+        if OUTPUT:
+            q = _operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
+            o = tl.dot(Sd, tl.trans(q), input_precision=PRECISION)
+            if FINER:
+                o = tl.dot(Sl, tl.trans(q), o)
+            if DECAY == HEAD:
+                o *= rise * scale
+            elif DECAY != CHANNEL:
+                o *= scale
+            if FUSE:
+                a = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+                if DECAY == HEAD:
+                    a *= fade(G, tl.trans(G), i >= j)
+                else:
+                    a = tl.where(i >= j, a, 0.0)
+                if FINE:
+                    a, al = halved(a)
+                else:
+                    a = a.to(kind)
+            else:
+                a = tl.trans(bulk_block(A, chunk + n, H, h, C, C, BULK))
+                if FINE:
+                    al = tl.trans(bulk_block(AL, chunk + n, H, h, C, C, BULK))
+            o = tl.dot(Dd, a, o, input_precision=PRECISION)
+            if FINE:
+                o = tl.dot(Dd, al, o)
+                if DELTA:
+                    o = tl.dot(Dl, a, o)
+            put_t(O, o, t, left, H, h, part * BV, V, C, BV)
 
     if SPLIT:
         at = LOCAL + (index.to(tl.int64) * H + h) * ((blocks + links) * BV * K)
@@ -176,11 +226,11 @@ def scan(
 
 @kernel
 def scan_back(
-    Q, K_, G_, DO, A, P, W, QG, KG, GS, INIT, TABLE, OUT, HS, START, LOCAL,
+    Q, K_, G_, DO, A, P, BS, BD, QG, KG, KW, GS, GD, INIT, TABLE, OUT, HS, START, LOCAL,
     scale, T, SIZE, H, HQ, HK, HD,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, HAS_INIT: tl.constexpr,
-    SPLIT: tl.constexpr, FUSE: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, FUSE: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state's gradient from a segment's end to its start.
 
@@ -208,50 +258,80 @@ def scan_back(
     chunks = tl.cdiv(end - first, C).to(tl.int32)
     if SPLIT:  # nothing comes before the first segment
         chunks = tl.where(opens, 0, chunks)
+    whole = 1.0
+    if DECAY == HEAD:
+        n = tl.maximum(chunks - 1, 0)
+        if not FUSE:
+            whole = whole_gate(G_, GS, first, chunks, HD, hd, chunk + n, H, h, C, FUSE)
+        if BULK:
+            falls = gate_row(GS, 2, chunk + n, H, h, C)
     for m in range(chunks):
         n = chunks - 1 - m
         t = first + n * C
         left = end - t
-        q = _operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY)
-        kind = q.dtype
-        do = tl.trans(tile(DO, t, left, H, h, part * BV, V, C, BV))
         if DECAY == HEAD:
-            G, rise, fall, whole = gates(G_, GS, t, left, HD, hd, chunk + n, H, h, C, FUSE)
+            if FUSE:
+                whole = whole_gate(G_, GS, t, left, HD, hd, chunk, H, h, C, FUSE)
+            else:
+                later = whole_gate(G_, GS, t, n, HD, hd, chunk + n - 1, H, h, C, FUSE)
+            if BULK:
+                falls_later = gate_row(GS, 2, chunk + tl.maximum(n, 1) - 1, H, h, C)
+        q = _operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
+        kind = q.dtype
+        do = tl.trans(bulk(DO, t, left, H, h, part * BV, V, C, BV, BULK))
+        if DECAY == HEAD:
+            G, rise, fall = gates(G_, GS, GD, t, left, HD, hd, chunk + n, H, h, C, FUSE, BULK)
         if (not SPLIT) or DELTA:
-            k = _operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY)
+            k = _operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
             dSd = dS.to(kind)
             dD = tl.dot(dSd, tl.trans(k), input_precision=PRECISION)
             if DECAY == HEAD:
-                dD *= fall[None, :]
+                if BULK:
+                    dD *= falls
+                else:
+                    dD *= fall
             if FUSE:
                 a = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
                 if DECAY == HEAD:
-                    a *= fade(G[:, None], G[None, :], i >= j)
+                    a *= fade(tl.trans(G), G, i >= j)
                 else:
                     a = tl.where(i >= j, a, 0.0)
                 a = a.to(kind)
             else:
-                a = block(A, chunk + n, H, h, 0, C, C, C)
+                a = bulk_block(A, chunk + n, H, h, C, C, BULK)
             dD = tl.dot(do, a, dD, input_precision=PRECISION)
             if not SPLIT:
                 _keep(HS, dSd, chunk + n, h, H, rows, columns, K, V)
         if DECAY == HEAD:
             dS *= whole
-            do = (do * (rise * scale)[None, :]).to(kind)
+            if not FUSE:
+                whole = later
+            if BULK:
+                falls = falls_later
         elif DECAY == CHANNEL:
             place = GS + ((chunk + n).to(tl.int64) * H + h) * (3 * K) + columns
             dS *= tl.load(place, mask=columns < K, other=0.0)[None, :]
-        else:
-            do = (do * scale).to(kind)
+        if DECAY != CHANNEL:
+            factor = scale
+            if DECAY == HEAD:
+                factor = rise * scale
+            if DELTA:  # turned within the tensor cores, exactly
+                eye = tl.where(i == j, 1.0, 0.0).to(kind)
+                do = tl.dot(do, eye, input_precision=PRECISION)
+            do = (do * factor).to(kind)
         dS = tl.dot(do, q, dS, input_precision=PRECISION)
         if DELTA:
-            dDd = dD.to(kind)
-            w = block(W, chunk + n, H, h, 0, K, C, BK)
-            dS = tl.dot(dDd, w, dS, input_precision=PRECISION)
+            p = bulk_block(P, chunk + n, H, h, C, C, BULK)
+            F = tl.dot(dD.to(kind), p, dD, input_precision=PRECISION)
             if not SPLIT:
-                p = block(P, chunk + n, H, h, 0, C, C, C)
-                F = tl.dot(dDd, p, input_precision=PRECISION)
                 put_t(OUT, F, t, left, H, h, part * BV, V, C, BV)
+            beta = betas(BS, BD, chunk + n, H, h, C, BULK)
+            if DECAY == HEAD:
+                beta *= rise
+            kw = k
+            if DECAY == CHANNEL:
+                kw = block(KW, chunk + n, H, h, 0, K, C, BK)
+            dS = tl.dot((F * -beta).to(kind), kw, dS, input_precision=PRECISION)
         elif not SPLIT:
             put_t(OUT, dD, t, left, H, h, part * BV, V, C, BV)
 
