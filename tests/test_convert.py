@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import subquad
-from subquad.recipes import RECIPES, choose, create_recipe, student
+from subquad.recipes import RECIPES, choose, create_recipe, student, transfer
 from subquad.recipes.base import Transfer, Tune
 from subquad.recipes.teacher import import_decoder
 from subquad.recipes.texts import Texts
@@ -337,6 +337,13 @@ class TestRefused:
         with pytest.raises(ValueError, match="target must be one of"):
             Transfer(target="logits")
         assert not (tmp_path / "out").exists()
+
+
+def test_texts_within_the_window_are_warned_of():
+    mixer = subquad.create_mixer("lolcats", dim=16, heads=2, window=8)
+    with pytest.warns(UserWarning, match="16 tokens lie within the 16 .* learn nothing"):
+        transfer.check(mixer, Transfer(train=("feature_map",), length=16))
+    transfer.check(mixer, Transfer(train=("feature_map",), length=17))
 
 
 def test_stages_of_a_kind_are_changed_apart():

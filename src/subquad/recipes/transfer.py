@@ -6,6 +6,7 @@ the next layer runs, so that one layer's activations exist at a time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from subquad.mixers.base import Mixer
 from subquad.models import CausalLM
 from subquad.models.blocks import normed
 from subquad.ops import checks
+from subquad.ops.kernel_attention import Near
 from subquad.recipes.base import Transfer
 from subquad.recipes.fit import Groups
 
@@ -45,12 +47,20 @@ def trained(mixers: Mapping[int, Mixer], stage: Transfer) -> Groups:
 
 
 def check(mixer: Mixer, stage: Transfer) -> None:
-    """Raise ValueError where a mixer has nothing that the target could be compared with."""
+    """Raise ValueError where a mixer has nothing that the target could be compared with, and warn
+    where the texts are so short that it is the softmax that it replaces."""
     wanted = {"heads": "heads_out", "weights": "weights"}.get(stage.target)
     if wanted is not None and not hasattr(mixer, wanted):
         raise ValueError(
             f"target must be 'output' for {type(mixer).__name__}, which has no {wanted}, "
             f"got {stage.target!r}"
+        )
+    near = getattr(mixer, "near", None)
+    if isinstance(near, Near) and stage.length <= near.reach:
+        warnings.warn(
+            f"texts of {stage.length} tokens lie within the {near.reach} that "
+            f"{type(mixer).__name__} reads by softmax: its feature maps learn nothing",
+            stacklevel=2,
         )
 
 
