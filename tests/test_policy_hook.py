@@ -234,9 +234,18 @@ def _capped():
     )
 
 
+def _learned_sinks():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "vocab_size": 20}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return GptOssForCausalLM(GptOssConfig(**sizes, **heads, num_local_experts=2))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (_learned_sinks, "GptOssForCausalLM has learned attention sinks"),
         (_Plain, "model must be a transformers PreTrainedModel, got _Plain"),
         (_encoder, "model must be a decoder that generates, got BertModel"),
         (_own, "CausalLM"),
@@ -246,6 +255,42 @@ def _capped():
 def test_models_that_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         subquad.apply(make(), Quest())
+
+
+@pytest.mark.parametrize("policy", [Late(), StreamingLLM(sinks=3, window=40)], ids=["all", "ring"])
+def test_layers_without_positions_are_not_rotated_late(policy):
+    """SmolLM 3 rotates in three of four layers: a policy that rotates for it does so there."""
+    model, ids = tiny("SmolLM3", num_hidden_layers=4, no_rope_layers=[1, 0, 1, 0]), tokens(1, 20)
+    with torch.no_grad():
+        want = model(ids).logits
+    with applied(model, policy) as on:
+        close(model(ids, past_key_values=on.new_cache()).logits, want, 1e-6)
+
+
+def test_what_does_not_rotate_last_is_not_rotated_late():
+    """HunYuan norms what it has rotated, Phi joins what it rotates with the rest of a head."""
+    for kind in ("HunYuanDenseV1", "Phi"):
+        model = tiny(kind, num_key_value_heads=4)
+        for norm in model.modules():
+            if "norm" in type(norm).__name__.lower():
+                nn.init.normal_(norm.weight, 1.0, 0.3)  # one alone would not tell
+        before = model.config._attn_implementation
+        with pytest.raises(ValueError, match=f"layer 0 of {kind}.* must rotate whole queries"):
+            subquad.apply(model, Late())
+        assert model.config._attn_implementation == before
+        with subquad.apply(model, Policy()):
+            model(tokens(1, 5))
+
+
+@pytest.mark.parametrize("key", ["streaming_llm", "duo"])
+def test_a_model_that_slides_is_its_own_within_the_budget(key):
+    """In its windowed layers sinks would be seen that it never saw."""
+    model, ids = tiny("Gemma3", **WINDOWED), tokens(1, 30)
+    gates = {"gates": [[0.0, 1.0], [1.0, 0.0]]} if key == "duo" else {}
+    with torch.no_grad():
+        want = model(torch.cat([ids, ids.flip(1)[:, :8]], 1)).logits[:, 29:]
+    with applied(model, create_policy(key, sinks=3, window=60, **gates)) as on:
+        close(read(model, on, ids, new=8)[0], want, 1e-6)
 
 
 def test_policies_that_are_refused():

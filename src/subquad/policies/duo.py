@@ -96,7 +96,14 @@ class Duo(Policy):
         return gates < gates.flatten().quantile(self.sparsity)
 
     def layer(self, site: Site) -> SplitLayer:
-        return SplitLayer(self.streaming[site.index], self.sinks, self.window, site.window)
+        return SplitLayer(self._streams(site), self.sinks, self.window, site.window)
+
+    def _streams(self, site: Site) -> Tensor:
+        """Which of a layer's key heads stream, bool ``[G]``: none where the model itself sees no
+        further, and was trained without sinks."""
+        own = self.streaming[site.index]
+        far = site.window is None or site.window > self.window
+        return own if far else torch.zeros_like(own)
 
     def prefill(self, call: Call) -> Tensor:
         return call.unpadded(self._attend)
@@ -116,7 +123,7 @@ class Duo(Policy):
     def _attend(self, call: Call) -> Tensor:
         layer, share = call.layer, call.site.heads // call.site.kv_heads
         assert isinstance(layer, SplitLayer)
-        streaming = self.streaming[call.site.index]
+        streaming = self._streams(call.site)
         found: dict[int, Tensor] = {}
         for heads, part in layer.parts:
             q = taken(call.q, heads, share)

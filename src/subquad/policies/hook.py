@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from subquad.caches.kv import PolicyCache
 from subquad.ops import checks
 from subquad.policies.base import Call, Policy, Site, Tally
+from subquad.policies.parts import late
 from subquad.policies.steps import ROOM, Steps
 
 NAME = "subquad"
@@ -79,6 +80,8 @@ def _attend(
         rotate=applied.rotate(module),
         tally=applied.tally,
     )
+    if applied.probe is not None:
+        return late.attend(applied.probe(call)), None
     if applied.watched == bound.site.index:
         raise _Found(call)
     if call.tally is not None and applied.watched is None:
@@ -139,6 +142,7 @@ class Applied:
         self.tally: Tally | None = None
         self.watched: int | None = None
         self.starts: list[int] | None = None
+        self.probe: Callable[[Call], Call] | None = None
         self._modules = attention_modules(model)
         if self._modules[0] in _sites:
             other = type(_sites[self._modules[0]].applied.policy).__name__
@@ -164,6 +168,13 @@ class Applied:
             self._handles.append(
                 module.register_forward_pre_hook(self._enter_attention, with_kwargs=True)
             )
+        self._late, self._rotates = self.policy.late_rope, [True] * len(self.sites)
+        if self._late:
+            try:
+                self._rotates = late.rotating(self)
+            except ValueError:
+                self.remove()
+                raise
 
     def __enter__(self) -> Applied:
         return self
@@ -248,10 +259,22 @@ class Applied:
             self.watched = None
         raise AssertionError("the model never called the attention of that layer")
 
+    def run(self, ids: Tensor, probe: Callable[[Call], Call], late: bool) -> None:
+        """Run the model over ``ids [B,T]``, each attention with the call that ``probe`` returns for
+        its own, rotated by the model or, ``late``, not."""
+        decoder, training = decoder_of(self.model), self.model.training
+        self.probe, self.watched, before, self._late = probe, -1, self._late, late
+        try:
+            self.model.eval()
+            decoder(input_ids=ids.to(self.model.device), use_cache=False)
+        finally:
+            self.model.train(training)
+            self.probe, self.watched, self._late = None, None, before
+
     def _enter_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Note the positions; for late rotation let the module rotate by nothing."""
         _sites[module].positions = kwargs.get("position_ids")
-        if self.policy.late_rope:
+        if self._late:
             cos, sin = kwargs["position_embeddings"]
             kwargs = kwargs | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
         return args, kwargs
@@ -265,6 +288,8 @@ class Applied:
 
     def rotate(self, module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """The model's own rotation, at any positions."""
+        if not self._rotates[_layer_index(module)]:
+            return lambda x, positions: x
         rotary, apply_rope = self._rotary, _rotation(module)
         extra = {"layer_type": getattr(module, "layer_type", None)} if self._by_type else {}
 
@@ -324,16 +349,18 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
         raise ValueError(f"model must use transformers' AttentionInterface, {name} does not")
     if getattr(config, "attn_logit_softcapping", None):
         raise ValueError(f"{name} caps its scores (attn_logit_softcapping), which is not supported")
-    found = [
+    found: list[Any] = [
         m
         for m in decoder_of(model).modules()
         if hasattr(m, "layer_idx") and getattr(m, "is_causal", False) and hasattr(m, "k_proj")
     ]
     if len(found) != config.num_hidden_layers:
         raise ValueError(
-            f"model must have softmax attention in every layer, {name} has {len(found)} of "
-            f"{config.num_hidden_layers}"
+            f"model must have softmax attention in every layer, with a k_proj of its own; "
+            f"{name} has {len(found)} of {config.num_hidden_layers}"
         )
+    if any(getattr(m, "sinks", None) is not None for m in found):
+        raise ValueError(f"{name} has learned attention sinks, which are not supported")
     return sorted(found, key=_layer_index)
 
 

@@ -51,8 +51,9 @@ class StreamingLLM(Policy):
         return self.position == "cache"
 
     def layer(self, site: Site) -> RingLayer:
-        # A model's own window sees no further than it was trained to.
-        return RingLayer(self.sinks, min(self.window, site.window or self.window))
+        if site.window is not None and site.window <= self.window:
+            return RingLayer(0, site.window)  # as trained: without sinks, and no longer
+        return RingLayer(self.sinks, self.window)
 
     def repeats(self, site: Site) -> bool:
         return True
@@ -63,12 +64,12 @@ class StreamingLLM(Policy):
 
     def prefill(self, call: Call) -> Tensor:
         assert isinstance(call.layer, RingLayer)
-        window = call.layer.window
-        return call.unpadded(lambda alone: self._prefill(alone, window))
+        sizes = call.layer.sinks, call.layer.window
+        return call.unpadded(lambda alone: self._prefill(alone, *sizes))
 
-    def _prefill(self, call: Call, w: int) -> Tensor:
+    def _prefill(self, call: Call, s: int, w: int) -> Tensor:
         """The layer holds the sinks, the window before the new tokens, and these."""
-        k, v, s = call.layer.keys, call.layer.values, self.sinks
+        k, v = call.layer.keys, call.layer.values
         T, S = call.q.shape[1], k.shape[1]
         near, far = mask.causal() & mask.window(w - 1), mask.causal() & mask.sinks(s)
         if call.tally is not None:
@@ -102,7 +103,7 @@ class StreamingLLM(Policy):
         if self.late_rope:
             seen = layer.counted(k.device)
             gone = (seen - layer.slots).clamp_min(0)
-            place = torch.where(slot < self.sinks, slot, layer.token_at(slot) - gone)
+            place = torch.where(slot < layer.sinks, slot, layer.token_at(slot) - gone)
             k = call.rotate(k, place.clamp_min(0))
             q = call.rotate(q, seen - 1 - gone)
         if min(lengths) == max(lengths):
