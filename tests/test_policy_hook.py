@@ -234,6 +234,15 @@ def _capped():
     )
 
 
+def _chunked():
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 8, "vocab_size": 20}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    more = {"num_local_experts": 1, "intermediate_size_mlp": 16, "pad_token_id": 0}
+    return Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, **more, attention_chunk_size=8))
+
+
 def _learned_sinks():
     from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -245,6 +254,7 @@ def _learned_sinks():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (_chunked, r"Llama4ForCausalLM has layers of .*chunked_attention"),
         (_learned_sinks, "GptOssForCausalLM has learned attention sinks"),
         (_Plain, "model must be a transformers PreTrainedModel, got _Plain"),
         (_encoder, "model must be a decoder that generates, got BertModel"),

@@ -359,6 +359,12 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
             f"model must have softmax attention in every layer, with a k_proj of its own; "
             f"{name} has {len(found)} of {config.num_hidden_layers}"
         )
+    kinds = set(getattr(config, "layer_types", None) or ()) - {
+        "full_attention",
+        "sliding_attention",
+    }
+    if kinds:
+        raise ValueError(f"{name} has layers of {sorted(kinds)}, which is not supported")
     if any(getattr(m, "sinks", None) is not None for m in found):
         raise ValueError(f"{name} has learned attention sinks, which are not supported")
     return sorted(found, key=_layer_index)
