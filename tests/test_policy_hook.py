@@ -277,6 +277,25 @@ def test_layers_without_positions_are_not_rotated_late(policy):
         close(model(ids, past_key_values=on.new_cache()).logits, want, 1e-6)
 
 
+def test_each_kind_of_layer_is_rotated_as_its_own():
+    """OLMo 3 has frequencies by kind, and its attention does not say of which kind it is."""
+    kinds = ["sliding_attention", "full_attention"]
+    model, ids = tiny("Olmo3", sliding_window=9, layer_types=kinds), tokens(1, 20)
+    with torch.no_grad():
+        want = model(ids).logits
+    with applied(model, Late()) as on:
+        close(model(ids, past_key_values=on.new_cache()).logits, want, 1e-6)
+
+
+def test_two_attentions_in_a_layer_are_refused():
+    model = tiny("DiffLlama")
+    with (
+        subquad.apply(model, Policy()),
+        pytest.raises(ValueError, match="DiffLlamaAttention attends more than once"),
+    ):
+        model(tokens(1, 5))
+
+
 def test_what_does_not_rotate_last_is_not_rotated_late():
     """HunYuan norms what it has rotated, Phi joins what it rotates with the rest of a head."""
     for kind in ("HunYuanDenseV1", "Phi"):

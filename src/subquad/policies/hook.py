@@ -36,6 +36,7 @@ class _Bound:
     site: Site
     cache: PolicyCache | None = None
     positions: Tensor | None = None
+    called: bool = False
 
 
 class _Found(Exception):
@@ -62,6 +63,9 @@ def _attend(
         raise ValueError("this model's attention is 'subquad' but no policy is applied to it")
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     applied = bound.applied
+    if bound.called:
+        raise ValueError(f"{type(module).__name__} attends more than once, which is not supported")
+    bound.called = True
     if bound.cache is None:  # use_cache=False: the call is all there is
         layer = applied.policy.layer(bound.site)
         layer.starts = applied.starts
@@ -172,7 +176,7 @@ class Applied:
         if self._late:
             try:
                 self._rotates = late.rotating(self)
-            except ValueError:
+            except BaseException:
                 self.remove()
                 raise
 
@@ -273,7 +277,7 @@ class Applied:
 
     def _enter_attention(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Note the positions; for late rotation let the module rotate by nothing."""
-        _sites[module].positions = kwargs.get("position_ids")
+        _sites[module].positions, _sites[module].called = kwargs.get("position_ids"), False
         if self._late:
             cos, sin = kwargs["position_embeddings"]
             kwargs = kwargs | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
@@ -291,7 +295,10 @@ class Applied:
         if not self._rotates[_layer_index(module)]:
             return lambda x, positions: x
         rotary, apply_rope = self._rotary, _rotation(module)
-        extra = {"layer_type": getattr(module, "layer_type", None)} if self._by_type else {}
+        extra = {}
+        if self._by_type:
+            kinds = self._config.layer_types
+            extra["layer_type"] = getattr(module, "layer_type", kinds[_layer_index(module)])
 
         def rotated(x: Tensor, positions: Tensor) -> Tensor:
             if rotary is None or apply_rope is None:

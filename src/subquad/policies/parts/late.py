@@ -40,7 +40,7 @@ def rotating(applied: Applied) -> list[bool]:
         for rotates in (True, False):
             try:
                 q, k = (call.rotate(x, call.positions) if rotates else x for x in (call.q, call.k))
-            except RuntimeError:  # a part of each head is rotated, and put together elsewhere
+            except (RuntimeError, TypeError):  # it is rotated in parts, or in a way of its own
                 continue
             if _near(q, wanted.q) and _near(k, wanted.k):
                 found.append(rotates)
@@ -57,7 +57,7 @@ def rotating(applied: Applied) -> list[bool]:
 
 def attend(call: Call) -> Tensor:
     """Attention of the few tokens alone, without a cache."""
-    return attention(call.q, call.k, call.v, call.mask(), scale=call.scale)
+    return attention(call.q, call.k, call.v, call.mask(), scale=call.scale).contiguous()
 
 
 def _near(a: Tensor, b: Tensor) -> bool:
