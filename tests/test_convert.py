@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -286,6 +288,9 @@ class TestRefused:
             convert(tmp_path / "out", small("lolcats"), model=model)
         model = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu"))
         with pytest.raises(ValueError, match="hidden_act 'silu', got 'gelu'"):
+            convert(tmp_path / "out", small("lolcats"), model=model)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=2))
+        with pytest.raises(ValueError, match="must have RMS norms, one of type 'gpt2' has not"):
             convert(tmp_path / "out", small("lolcats"), model=model)
 
     def test_a_folder_that_exists(self, tmp_path):

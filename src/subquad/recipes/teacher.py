@@ -61,6 +61,8 @@ def _config(config: Any) -> CausalLMConfig:
     act = getattr(config, "hidden_act", "silu")
     if act != "silu":
         raise ValueError(f"model must have hidden_act 'silu', got {act!r}")
+    if not hasattr(config, "rms_norm_eps"):
+        raise ValueError(f"model must have RMS norms, one of type {config.model_type!r} has not")
     rope = dict(getattr(config, "rope_parameters", None) or {})
     kind = rope.get("rope_type", "default")
     if kind not in _ROPE:
@@ -120,7 +122,7 @@ def _compare(model: Any, made: CausalLM) -> None:
     model.train(was)
     made.train(was)
     off, size = (got - want).abs().max().item(), want.abs().max().item()
-    if not off <= (1e-3 if made.dtype == torch.float32 else 5e-2) * max(size, 1.0):
+    if not off <= (1e-3 if made.dtype == torch.float32 else 5e-2) * size:
         raise ValueError(
             f"model of type {model.config.model_type!r} must be pre-norm blocks of softmax "
             f"attention and SwiGLU; on our layers its logits differ by {off:.3g}"
