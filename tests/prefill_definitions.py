@@ -63,9 +63,9 @@ def vertical_slash(policy, call):
     def pick(q, k):
         p = _probabilities(q[-own.last_q :], k, call.scale)
         vertical, slash = p.sum(0), _diagonals(p)
-        vertical[: own.sinks], slash[: own.local] = torch.inf, torch.inf
         v = min(max(policy.vertical, own.least[0]), len(k))
         s = min(max(policy.slash, own.least[1]), len(k))
+        vertical[: min(own.sinks, v)], slash[: min(own.local, s)] = torch.inf, torch.inf
         return vertical.topk(v).indices.tolist(), slash.topk(s).indices.tolist()
 
     return _slashes(call, pick, policy.block)
@@ -121,7 +121,7 @@ def flex_blocks(policy, q, k, scale):
     gap = torch.xlogy(guess, guess / middle).sum() + torch.xlogy(vertical, vertical / middle).sum()
     aware = (0.5 * gap).clamp_min(0).sqrt() < policy.tau
     if aware:
-        nv = ns = least
+        nv = ns = max(least, 1)  # the first block and the diagonal are forced
     vertical[0], slash[n - 1] = torch.inf, torch.inf
     columns = vertical.topk(nv).indices.tolist()
     distances = [n - 1 - i for i in slash.topk(ns).indices.tolist()]

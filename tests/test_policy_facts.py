@@ -217,6 +217,17 @@ def test_vertical_slash_finds_what_was_planted():
     assert (distances == 37).any(-1).all()
 
 
+@pytest.mark.parametrize("n", [30, 50, 64])
+def test_fewer_diagonals_than_are_forced_are_the_nearest(n):
+    """Distance 0 is among them, so that no query is left without a key."""
+    score = torch.rand(1, 2, 400)
+    assert torch.equal(lines.top(score, n, 100), torch.arange(n).expand(1, 2, -1))
+    q, k, v = _random(T=400)
+    policy = VerticalSlash(vertical=30, slash=n, local=100, block=16)
+    o = policy.prefill(_call(q, k, torch.ones_like(v), policy))
+    close(o, torch.ones_like(o), 1e-5)
+
+
 def test_vertical_slash_is_a_superset():
     """What the blocks hold contains the chosen columns and diagonals, at any length."""
     for T in (65, 128, 200):
@@ -261,6 +272,10 @@ def test_flexprefill_limits():
     means = torch.randn(1, 16, 2, 16)
     assert not never._query_aware(q[:, -16:], means, p, 0.25).any()
     assert always._query_aware(q[:, -16:], means, p, 0.25).all()
+    policy = FlexPrefill(gamma=0.3, tau=0.8327, min_budget=0, block=16, unit=16)
+    index = policy.select(q, k, 0.25)  # query-aware heads, too, keep the first block and their own
+    assert (index == 0).any(-1).all()
+    assert (index == row).any(-1).all()
 
 
 def test_flexprefill_spends_what_the_text_asks_for():

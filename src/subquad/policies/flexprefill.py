@@ -166,11 +166,12 @@ def _cover_best(x: Tensor, gamma: float, least: int, forced: int) -> Tensor:
 
 
 def _best(x: Tensor, count: Tensor, forced: int) -> Tensor:
-    """The ``count [B,H]`` largest of ``x [B,H,n]`` and the one ``forced``: bool."""
+    """The ``count [B,H]`` largest of ``x [B,H,n]``, the one ``forced`` first of all (also where the
+    count is 0): bool."""
     x = x.clone()
     x[..., forced] = torch.inf
     rank = x.argsort(-1, descending=True).argsort(-1)
-    return rank < count[..., None]
+    return rank < count[..., None].clamp_min(1)
 
 
 def _summed(x: Tensor, b: int) -> Tensor:

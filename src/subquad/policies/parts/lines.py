@@ -55,9 +55,10 @@ def _diagonals(p: Tensor) -> Tensor:
 
 
 def top(score: Tensor, n: int, forced: int) -> Tensor:
-    """The places of the n largest of ``score [B,H,S]``, rising; the first ``forced`` before all."""
+    """The places of the n largest of ``score [B,H,S]``, rising; the first ``forced`` before all,
+    and of more than n of these the first n (distance 0 among them: no query is left without)."""
     score = score.clone()
-    score[..., :forced] = torch.inf
+    score[..., : min(forced, n)] = torch.inf
     return score.topk(min(n, score.shape[-1]), -1).indices.sort(-1).values
 
 
