@@ -238,6 +238,27 @@ def lasp2_zeros_change_nothing(groups):
 
 
 @check
+def lasp2_resets(groups):
+    """A decay of minus infinity where a document starts lets nothing of those before through."""
+    for here in within(groups, (4, 3)):
+        for cut in CUTS[2:3], CUTS[4:]:
+            starts = sorted({*cut[0]} - {0, 24})
+            cu = torch.tensor([0, *starts, 24], dtype=torch.int32)
+            for decay, delta in (("head", False), ("channel", False), ("head", True)):
+                inputs, _ = recurrent(24, decay=decay, delta=delta, rows=1, state=False)
+                inputs["decay"][:, starts] = -torch.inf
+
+                def alone(cu=cu, **inputs):
+                    gate = inputs.pop("decay")
+                    gate = gate.masked_fill(gate.isinf(), 0)  # a start has nothing to forget
+                    o, states = recurrence(**inputs, decay=gate, cu_seqlens=cu)
+                    return o, states[-1:]
+
+                for more in ({"exchange": "serial"}, {"form": "chunk"}, {"form": "parallel"}):
+                    same(here, inputs, alone, partial(lasp2, mesh=here, **more))
+
+
+@check
 def lasp2_normalised(groups):
     for here in within(groups):
         for causal in (True, False):

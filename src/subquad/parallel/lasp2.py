@@ -40,6 +40,9 @@ from subquad.parallel.mesh import Split, place
 
 # Widest values that the recurrence's kernels take; beyond, the delta rule's map is a run apart.
 WIDEST = 256
+# A gate below exp(RESET) forgets all there is: minus infinity, whose differences are no numbers, is
+# raised to it, and a state that is no more passes no gradient.
+RESET = -60.0
 
 
 def lasp2(
@@ -59,7 +62,8 @@ def lasp2(
 
     Args:
         q: ``[B,C,H,K]``, this rank's tokens; so k, v, beta and a decay with a time axis.
-        decay, beta: as in :func:`subquad.ops.recurrence.recurrence`.
+        decay, beta: as in :func:`subquad.ops.recurrence.recurrence`; a decay of minus infinity
+            resets the state, as at the first token of a document.
         state: ``[N,H,K,V]`` before the whole sequences, the same on every rank.
         cu_seqlens: int32 ``[N+1]``, the boundaries among all W C tokens, the same on every rank.
         exchange: "gather" (LASP-2), or "serial": each rank waits for the state of the one before
@@ -88,6 +92,7 @@ def lasp2(
     if state is not None:
         checks.shape("state", state, (N, H, K, v.shape[3]))
         state = state.to(wide)
+    decay = None if decay is None else decay.clamp_min(RESET)
     inputs = _Inputs(q, k, v, decay, beta, options, exchange == "serial")
     with without_autocast(q.device.type):
         if beta is None:
