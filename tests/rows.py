@@ -11,6 +11,7 @@ S2_WEIGHTS = {f"{n}_proj.weight": f"w.{n}_proj.weight" for n in "qkvo"}
 
 ROWS = [
     Row("base_conv", {"dim": 16}),
+    Row("base_conv", {"dim": 16, "conv_bias": True}, name="bias"),
     Row("based", {"dim": 16, "heads": 2, "feature_dim": 4}),
     Row(
         "based",

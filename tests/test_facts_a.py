@@ -285,6 +285,19 @@ def test_base_conv_is_a_gated_short_convolution():
     close(mixer(x)[0], mixer.o_proj(torch.nn.functional.silu(conv) * gate))
 
 
+def test_base_conv_loads_the_authors_fused_layer():
+    mixer, x = build("base_conv", dim=6, conv_bias=True), tokens(2, 9, 6)
+    theirs = {n.replace("conv.", "conv.conv.").replace("o_proj", "out_proj"): t.clone()
+              for n, t in mixer.state_dict().items()}  # fmt: skip
+    assert "conv.conv.bias" in theirs
+    mixer.load_state_dict(mixer.translate(theirs))
+    u, gate = mixer.in_proj(x).chunk(2, -1)
+    before = torch.nn.functional.pad(u, (0, 0, 2, 0))
+    conv = sum(before[:, j : j + 9] * mixer.conv.weight[..., j].flatten() for j in range(3))
+    y = torch.nn.functional.silu(conv + mixer.conv.bias) * gate
+    close(mixer(x)[0], mixer.o_proj(y))
+
+
 # Softmax attention
 
 

@@ -232,6 +232,37 @@ def test_hgrn_is_its_loop():
     close(m(x)[0], m.o_proj(torch.stack(ys, 1) * F.silu(m.g_proj(x))))
 
 
+def test_hgrn_loads_the_authors_names():
+    m = mixer("hgrn", dim=6, variant="complex")
+    names = {
+        "i_proj": "input_proj",
+        "f_proj": "lambda_proj",
+        "g_proj": "gate",
+        "o_proj": "out_proj",
+    }
+    theirs = {}
+    for name, t in m.state_dict().items():
+        layer, dot, kind = name.partition(".")
+        shape = (1, 1, -1) if name == "theta" else t.shape
+        theirs[names.get(layer, layer) + dot + kind] = t.clone().view(shape)
+    found = m.translate(theirs)
+    assert found.keys() == m.state_dict().keys()
+    m.load_state_dict(found)
+
+
+def test_hgrn2_loads_the_authors_standalone_names():
+    """One projection of value, query and gate, in this order."""
+    m, x = mixer("hgrn2", dim=6, heads=2, variant="standalone"), randn(2, 7, 6)
+    theirs = {n: t for n, t in m.state_dict().items() if n.startswith("norm.")}
+    for kind in ("weight", "bias"):
+        own = m.state_dict()
+        theirs[f"in_proj.{kind}"] = torch.cat([own[f"{n}_proj.{kind}"] for n in "iqf"])
+        theirs[f"out_proj.{kind}"] = own[f"o_proj.{kind}"]
+    other = mixer("hgrn2", dim=6, heads=2, variant="standalone")
+    other.load_state_dict(other.translate(theirs))
+    close(other(x)[0], m(x)[0])
+
+
 def test_hgrn_of_a_constant_input_tends_to_it():
     m = mixer("hgrn", dim=6)
     x = randn(1, 1, 6).expand(1, 400, 6)

@@ -250,6 +250,24 @@ def test_weights_by_definition():
     close(a, by_hand / by_hand.sum())
 
 
+@pytest.mark.parametrize("key", ["hedgehog", "lolcats", "still"])
+def test_maps_of_queries_and_keys_begin_alike_and_learn_apart(key):
+    options = {"feature_init": "kaiming"} if key == "hedgehog" else {}
+    mixer = subquad.create_mixer(key, dim=16, heads=2, **options)
+    a, b = (dict(m.named_parameters()) for m in (mixer.feature_map_q, mixer.feature_map_k))
+    for name in a:
+        assert torch.equal(a[name], b[name])
+        assert a[name] is not b[name]
+
+
+def test_lolcats_loads_the_authors_names():
+    mixer = subquad.create_mixer("lolcats", dim=16, heads=2)
+    names = {f"feature_map_{n}.weight": f"feature_map_{n}.mlp.layer" for n in "qk"}
+    theirs = {names.get(n, n): t for n, t in mixer.state_dict().items()}
+    assert "feature_map_k.mlp.layer" in theirs
+    mixer.load_state_dict(mixer.translate(theirs))
+
+
 class TestHedgehog:
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("feature_map", ["softmax_dim", "exp", "exp_dim"])
@@ -472,6 +490,26 @@ class TestStill:
         share = (s - top).exp() / ((s - top).exp() + 4 * (-top).exp() + 1e-6)
         want = share[..., None] * v.repeat_interleave(2, 2)
         close(quirk.heads_out(x, given)[0][:, :1], want)
+
+    def test_loads_the_authors_names(self):
+        _, student, x = twins("still", chunk=4, features=3)
+        want, ours = student(x)[0], student.state_dict()
+        theirs = {"window_factors": torch.zeros(1, 4, 1, 1)}
+        for name, t in ours.items():
+            owner = name.partition(".")[0]
+            if name.endswith("map_q.weight") or name.endswith("map_k.weight"):
+                theirs |= {f"{owner}.mlp.linears.{h}.weight": w.mT for h, w in enumerate(t)}
+            else:
+                theirs[name.replace(".u", ".hh.u")] = t
+        _, other, _ = twins("still", chunk=4, features=3)
+        for p in other.parameters():
+            torch.nn.init.zeros_(p)
+        other.load_state_dict(other.translate(theirs))
+        close(other(x)[0], want)
+
+    def test_each_head_draws_its_own_map(self):
+        weight = NormMap(4, 24, 8).weight.detach()
+        assert (6 / 24) ** 0.5 * 0.9 < weight.abs().max() <= (6 / 24) ** 0.5
 
     def test_norms_help_the_transfer(self):
         """Beside the same map that sees directions alone."""

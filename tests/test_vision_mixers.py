@@ -400,6 +400,19 @@ def test_bad_options_are_refused(key, options, message):
     assert message in str(error.value)
 
 
+def test_soft_loads_the_authors_names():
+    names = {"q_proj": "W_q", "v_proj": "W_v", "o_proj": "ff", "pool": "attn.Qlandmark_op",
+             "pool_norm": "attn.Qnorm_act.0", "v_conv": "attn.conv"}  # fmt: skip
+    mixer = subquad.create_mixer("soft", dim=16)
+    theirs = {}
+    for name, t in mixer.state_dict().items():
+        layer, _, kind = name.partition(".")
+        theirs[f"{names[layer]}.{kind}"] = t
+    found = mixer.translate(theirs)
+    assert found.keys() == mixer.state_dict().keys()
+    mixer.load_state_dict(found)
+
+
 def test_soft_refuses_a_grid_without_a_landmark():
     mixer = subquad.create_mixer("soft", dim=16, heads=2, ratio=4)
     with pytest.raises(ValueError, match=r"grid must be at least ratio=4 a side, got \(2, 8\)"):

@@ -70,22 +70,26 @@ class BaseConv(Mixer):
         dim: C, the model's width.
         expand: the width of u1 and u2 together, in C.
         conv_size: kernel of the causal depthwise convolution.
+        conv_bias: whether it has one, as where the authors run their fused convolution.
     """
 
     FOREIGN: ClassVar[Mapping[str, str]] = {
         "conv.conv.weight": "conv.weight",
+        "conv.conv.bias": "conv.bias",
         "out_proj.weight": "o_proj.weight",
         "out_proj.bias": "o_proj.bias",
     }
 
-    def __init__(self, *, dim: int, expand: int = 4, conv_size: int = 3) -> None:
+    def __init__(
+        self, *, dim: int, expand: int = 4, conv_size: int = 3, conv_bias: bool = False
+    ) -> None:
         super().__init__(dim=dim)
         checks.positive("expand", expand)
         if expand * dim % 2:
             raise ValueError(f"expand * dim must be even, got {expand} * {dim}")
         inner = expand * dim // 2
         self.in_proj = nn.Linear(dim, 2 * inner)
-        self.conv = ShortConv(inner, conv_size)
+        self.conv = ShortConv(inner, conv_size, bias=conv_bias)
         self.o_proj = nn.Linear(inner, dim)
 
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -8,14 +8,15 @@ Legend: B batch, T tokens, H query heads, G key/value heads, K head dim, F featu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from subquad.mixers.base import Context
-from subquad.mixers.parts.head_map import HeadMap
+from subquad.mixers.parts.head_map import AUTHORS, HeadMap
 from subquad.mixers.softmax import Softmax
 from subquad.ops.layout import repeat_heads
 from subquad.ops.recurrence import cost, linear_attention
@@ -41,6 +42,7 @@ class Hedgehog(Softmax):
     """
 
     WITHOUT = ("window", "sinks", "scale")
+    FOREIGN: ClassVar[Mapping[str, str]] = AUTHORS
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class Hedgehog(Softmax):
         self.past = ()
         given: dict[str, Any] = {"kind": feature_map, "init": feature_init, "bias": feature_bias}
         self.feature_map_q = HeadMap(self.heads, self.head_dim, features, **given)
-        self.feature_map_k = HeadMap(self.heads, self.head_dim, features, **given)
+        self.feature_map_k = copy.deepcopy(self.feature_map_q)
         self.causal, self.eps = causal, eps
 
     def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -71,6 +71,17 @@ class HGRN(Mixer):
         else:
             self.norm = GatedRMSNorm(dim, eps=norm_eps)
 
+    @classmethod
+    def translate(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """flash-linear-attention's names, or the authors' of the complex form, under ours."""
+        theirs = {"input_proj": "i_proj", "lambda_proj": "f_proj", "gate": "g_proj",
+                  "out_proj": "o_proj"}  # fmt: skip
+        out = {}
+        for name, t in super().translate(weights).items():
+            layer, dot, kind = name.partition(".")
+            out[theirs.get(layer, layer) + dot + kind] = t.flatten() if name == "theta" else t
+        return out
+
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         x = context.zero_padding(x)
         decay, write = bounded_gate(self.f_proj(x), self.bound())

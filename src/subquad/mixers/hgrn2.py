@@ -77,6 +77,18 @@ class HGRN2(RecurrentMixer):
         )
         self.bound = LayerBound(dim, layer=layer, layers=layers, bounds=bounds)
 
+    @classmethod
+    def translate(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """flash-linear-attention's names, or the authors' standalone ones, under ours."""
+        out: dict[str, Tensor] = {}
+        for name, t in super().translate(weights).items():
+            layer, _, kind = name.partition(".")
+            if layer == "in_proj":
+                out |= {f"{n}_proj.{kind}": part for n, part in zip("iqf", t.chunk(3))}
+            else:
+                out[name.replace("out_proj.", "o_proj.")] = t
+        return out
+
     def mix(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         state: dict[str, Tensor] = {}
         x = context.zero_padding(x)

@@ -9,15 +9,16 @@ F features of a half of the map, w window.
 
 from __future__ import annotations
 
+import copy
 from collections import ChainMap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from subquad.mixers.base import Context
-from subquad.mixers.parts.head_map import HeadMap
+from subquad.mixers.parts.head_map import AUTHORS, HeadMap
 from subquad.mixers.parts.past import Span
 from subquad.mixers.softmax import Softmax
 from subquad.ops import checks
@@ -51,6 +52,7 @@ class LoLCATs(Softmax):
     """
 
     WITHOUT = ("causal", "sinks")
+    FOREIGN: ClassVar[Mapping[str, str]] = AUTHORS
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class LoLCATs(Softmax):
         features = max(1, self.head_dim // 2) if features is None else features
         given: dict[str, Any] = {"kind": feature_map, "init": feature_init}
         self.feature_map_q = HeadMap(self.heads, self.head_dim, features, **given)
-        self.feature_map_k = HeadMap(self.heads, self.head_dim, features, **given)
+        self.feature_map_k = copy.deepcopy(self.feature_map_q)  # alike at first, as the authors'
         omega = torch.tensor(gamma / (1 - gamma)).log()
         self.window_factors = nn.Parameter(omega.repeat(self.heads).view(1, -1, 1, 1))
         self.affine, self.decode = affine, decode

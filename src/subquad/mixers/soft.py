@@ -8,6 +8,7 @@ Legend: B batch, N tokens, C dim, H heads, K head dim, M landmarks.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +35,19 @@ class SOFT(ImageMixer):
             from growing with the landmarks, for images larger than those of the training.
         iterations: Newton steps of the inverse.
     """
+
+    FOREIGN: ClassVar[Mapping[str, str]] = {
+        f"{theirs}.{kind}": f"{ours}.{kind}"
+        for theirs, ours in (
+            ("W_q", "q_proj"),
+            ("W_v", "v_proj"),
+            ("ff", "o_proj"),
+            ("attn.Qlandmark_op", "pool"),
+            ("attn.Qnorm_act.0", "pool_norm"),
+            ("attn.conv", "v_conv"),
+        )
+        for kind in ("weight", "bias")
+    }
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ l tokens in a chunk, M salient tokens of the past.
 
 from __future__ import annotations
 
+import copy
 from collections import ChainMap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -75,9 +76,22 @@ class STILL(Softmax):
             Near(chunk, "terraced"), int(chunk * ratio), score, eps,
         )  # fmt: skip
         self.feature_map_q = NormMap(self.heads, self.head_dim, features)
-        self.feature_map_k = NormMap(self.heads, self.head_dim, features)
+        self.feature_map_k = copy.deepcopy(self.feature_map_q)  # alike at first, as the authors'
         self.g_proj = nn.Linear(dim, self.heads * self.head_dim, bias=False)
         nn.init.ones_(self.g_proj.weight)
+
+    @classmethod
+    def translate(cls, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The authors' maps, a linear layer a head and the reflections, under our names."""
+        out, heads = {}, dict[str, dict[int, Tensor]]()
+        for name, t in weights.items():
+            owner, _, rest = name.partition(".mlp.linears.")
+            if rest:
+                heads.setdefault(owner, {})[int(rest.partition(".")[0])] = t.mT
+            elif name != "window_factors":  # a buffer of theirs that nothing reads
+                out[name.replace(".hh.u", ".u")] = t
+        return out | {f"{n}.weight": torch.stack([ts[h] for h in sorted(ts)])
+                      for n, ts in heads.items()}  # fmt: skip
 
     def heads_out(self, x: Tensor, context: Context) -> tuple[Tensor, Mapping[str, Tensor]]:
         if self.score == "authors_chunk":

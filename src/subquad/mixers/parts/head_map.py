@@ -18,6 +18,8 @@ from subquad.ops import checks
 MAPS = ("softmax_dim", "exp_dim", "exp", "fla", "elu", "relu")
 INITS = ("identity", "kaiming")
 LEAST = 1e-12
+# The maps' weights as the authors of LoLCATs name them, and as a mixer does.
+AUTHORS = {f"feature_map_{n}.mlp.layer": f"feature_map_{n}.weight" for n in "qk"}
 
 
 class HeadMap(nn.Module):
@@ -84,7 +86,7 @@ class NormMap(nn.Module):
         features = head_dim if features is None else features
         checks.positive("features", features)
         self.width = 2 * features
-        bound = math.sqrt(6 / (head_dim * features))
+        bound = math.sqrt(6 / head_dim)  # the authors draw each head's W by itself
         self.weight = nn.Parameter(torch.empty(heads, head_dim, features).uniform_(-bound, bound))
         self.u = nn.Parameter(torch.randn(heads, head_dim))
 
