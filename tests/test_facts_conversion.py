@@ -554,6 +554,45 @@ class TestSala:
         want = [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125]
         close(slopes(6, wide=True), torch.tensor(want, dtype=torch.float64))
 
+    @pytest.mark.parametrize(("H", "G", "theta"), [(6, 2, 1e4), (4, 4, 1e6)])
+    def test_token_by_token_under_the_authors_names(self, H, G, theta):
+        torch.manual_seed(0)
+        C, D, T = 12, 6, 21
+        shapes = {
+            "q_proj": (H * D, C), "k_proj": (G * D, C), "v_proj": (G * D, C), "z_proj": (H * D, C),
+            "o_proj": (C, H * D), "q_norm": (D,), "k_norm": (D,), "o_norm": (H * D,),
+        }  # fmt: skip
+        w = {n: torch.randn(shape, dtype=torch.float64) for n, shape in shapes.items()}
+        mixer = subquad.create_mixer(
+            "sala", dim=C, heads=H, kv_heads=G, head_dim=D, rope_theta=theta
+        ).double()
+        mixer.load_state_dict(mixer.translate({f"{n}.weight": t for n, t in w.items()}))
+        x = torch.randn(2, T, C, dtype=torch.float64)
+
+        def normed(t, weight):
+            return t * (t.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+        def turned(t):
+            angle = torch.arange(T)[:, None] * theta ** (-torch.arange(0.0, D, 2).double() / D)
+            cos, sin, (a, b) = angle.cos()[:, None], angle.sin()[:, None], t.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+        q, k, v = ((x @ w[f"{n}_proj"].T).unflatten(-1, (-1, D)) for n in "qkv")
+        q, k = turned(normed(q, w["q_norm"])), turned(normed(k, w["k_norm"]))
+        k, v = (t.repeat_interleave(H // G, 2) for t in (k, v))
+        S, outs = torch.zeros(2, H, D, D, dtype=torch.float64), []
+        gate = (-slopes(H, wide=True)).exp()[:, None, None]
+        for t in range(T):
+            S = gate * S + k[:, t, :, :, None] * v[:, t, :, None]
+            outs.append((D**-0.5 * q[:, t, :, None] @ S).flatten(1))
+        o = normed(torch.stack(outs, 1), w["o_norm"]) * torch.sigmoid(x @ w["z_proj"].T)
+        close(mixer(x)[0], o @ w["o_proj"].T)
+
+    def test_the_authors_name_of_the_sparse_layers_gate(self):
+        mixer = subquad.create_mixer("infllm_v2", dim=16, heads=4, out_gate=True)
+        theirs = {n.replace("g_proj", "o_gate"): t for n, t in mixer.state_dict().items()}
+        mixer.load_state_dict(mixer.translate(theirs))
+
     def test_without_decay_and_norms_it_is_linear_attention(self):
         teacher, mixer, x = twins("sala", decay=False, norm=False, qk_norm=False)
         mixer.g_proj.register_forward_hook(lambda *args: torch.full_like(args[-1], 1e4))

@@ -13,7 +13,7 @@ import math
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,7 @@ class InfLLMv2(Softmax):
     """
 
     WITHOUT = ("causal", "window", "sinks")
+    FOREIGN: ClassVar[Mapping[str, str]] = {"o_gate.weight": "g_proj.weight"}
     past = ()
 
     def __init__(

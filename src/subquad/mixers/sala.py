@@ -10,7 +10,7 @@ Legend: B batch, T tokens, C dim, H query heads, G key/value heads, K head dim.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,10 @@ class SALA(Softmax):
     """
 
     WITHOUT = ("causal", "window", "sinks")
+    FOREIGN: ClassVar[Mapping[str, str]] = {
+        "z_proj.weight": "g_proj.weight",
+        "o_norm.weight": "norm.weight",
+    }
 
     def __init__(
         self,
