@@ -159,6 +159,22 @@ def test_inline_residual_is_a_correlation_of_each_image():
     close(mixer(x, grid=grid)[0] - plain(x)[0], mixer.v_proj(x))
 
 
+def test_inline_class_tokens_have_no_neighborhood():
+    mixer = subquad.create_mixer("inline", dim=6, heads=2, class_tokens=1).double()
+    plain = subquad.create_mixer("inline", dim=6, heads=2, local=False).double()
+    plain.load_state_dict(mixer.state_dict(), strict=False)
+    x, grid = draw(2, 13, 6), (3, 4)
+    with torch.no_grad():  # a neighborhood of the right neighbor alone, as strong as the mean says
+        mixer.local[2].weight.mul_(torch.eye(9)[5].double().repeat(6)[:, None, None])
+        mixer.local[2].bias.mul_(torch.eye(9)[5].double().repeat(6))
+    weight = mixer.local(x.mean(1)[..., None]).view(2, 6, 9)[..., 5]
+    v = F.pad(mixer.v_proj(x)[:, 1:].unflatten(1, grid), (0, 0, 0, 1))[:, :, 1:].flatten(1, 2)
+    near = F.linear(weight[:, None] * v, mixer.o_proj.weight)
+    close(mixer(x, grid=grid)[0], plain(x)[0] + F.pad(near, (0, 0, 1, 0)))
+    with pytest.raises(ValueError, match="1 more must hold T=12"):
+        mixer(x[:, 1:], grid=grid)
+
+
 # MALA
 
 

@@ -84,6 +84,7 @@ class Mixer(nn.Module):
 
     Class attributes:
         causal: whether y at t depends on x up to t only.
+        off_grid: tokens in front of those that ``grid`` holds.
         past: names of the state's tensors that hold one entry per token (see ``State.past``).
         FOREIGN: other libraries' parameter names, where they differ, to ours (see ``translate``).
         ADDED: parameters that add nothing at first, so that a model without them may be taken over.
@@ -91,6 +92,7 @@ class Mixer(nn.Module):
     """
 
     causal: bool = True
+    off_grid: int = 0
     past: tuple[str, ...] = ()
     FOREIGN: ClassVar[Mapping[str, str]] = {}
     ADDED: ClassVar[tuple[str, ...]] = ()
@@ -119,7 +121,8 @@ class Mixer(nn.Module):
             padding: bool ``[B,T]``, True at padding, which must lie on the left of the first call.
             cu_seqlens: int32 ``[N+1]``: x ``[1,T,C]`` packs N sequences, and so does the state.
             positions: int ``[B,T]``, the tokens' places; counted from the state where None.
-            grid: the axes (height, width, ...) whose product is T, for mixers of images.
+            grid: the axes (height, width, ...) whose product is T (less ``off_grid``), for mixers
+                of images.
 
         Returns:
             ``y [B,T,C]`` and the state after the last token.
@@ -181,8 +184,9 @@ class Mixer(nn.Module):
                     raise ValueError("padding must lie on the left, got padding after a token")
         if positions is not None:
             checks.shape("positions", positions, (B, T))
-        if grid is not None and torch.Size(grid).numel() != T:
-            raise ValueError(f"grid {tuple(grid)} must hold T={T} tokens")
+        if grid is not None and torch.Size(grid).numel() != T - self.off_grid:
+            beside = f" and {self.off_grid} more" if self.off_grid else ""
+            raise ValueError(f"grid {tuple(grid)}{beside} must hold T={T} tokens")
         seen = x.new_zeros(rows, dtype=torch.int64) if state is None else state.seen
         return Context(state, padding, cu_seqlens, seen, positions, grid, T, here)
 

@@ -40,6 +40,8 @@ class InLine(ImageMixer):
         feature_map: phi, one of "identity", "relu", "leaky_relu", "exp" (of 0.2 x).
         local: whether there is the neighborhood; without it no ``grid`` is needed.
         bias: of the projections of q, k and v.
+        class_tokens: the first tokens, which are not of the image: they read, are read and count in
+            the means as all do, but have no neighborhood. ``grid`` is that of the others.
     """
 
     def __init__(
@@ -50,11 +52,14 @@ class InLine(ImageMixer):
         feature_map: str = "identity",
         local: bool = True,
         bias: bool = True,
+        class_tokens: int = 0,
     ) -> None:
         super().__init__(dim=dim)
         checks.positive("heads", heads)
         checks.divides("heads", heads, "dim", dim)
         checks.one_of("feature_map", feature_map, FEATURES)
+        checks.positive("class_tokens", class_tokens, zero=True)
+        self.off_grid = class_tokens
         self.heads, self.feature_map = heads, feature_map
         self.q_proj = nn.Linear(dim, dim, bias=bias)
         self.k_proj = nn.Linear(dim, dim, bias=bias)
@@ -90,7 +95,8 @@ class InLine(ImageMixer):
             grid = image(context)
         o = bidirectional(q, k, v.unflatten(-1, (self.heads, -1)), "subtract").flatten(-2)
         if self.local is not None:
-            o = o + to_tokens(self._neighbors(x, to_image(v, grid)))
+            near = to_tokens(self._neighbors(x, to_image(v[:, self.off_grid :], grid)))
+            o = o + F.pad(near, (0, 0, self.off_grid, 0))
         return self.o_proj(o), {}
 
     def _neighbors(self, x: Tensor, v: Tensor) -> Tensor:
