@@ -147,6 +147,12 @@ ROWS = [
     Row("hgrn", {"dim": 16}),
     Row("hgrn", {"dim": 16, "layer": 1, "layers": 3}, name="bounded"),
     Row("hgrn", {"dim": 16, "variant": "complex", "layer": 2, "layers": 3}, name="complex"),
+    Row(
+        "hgrn",
+        {"dim": 16, "layer": 1, "layers": 3, "causal": False},
+        name="bidirectional",
+        causal=False,
+    ),
     Row("hgrn2", {"dim": 16, "heads": 2}),
     Row("hgrn2", {"dim": 16, "expand_ratio": 4, "layer": 2, "layers": 3}, name="bounded"),
     Row("hgrn2", {"dim": 16, "heads": 2, "variant": "standalone"}, name="standalone"),

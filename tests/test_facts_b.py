@@ -232,6 +232,35 @@ def test_hgrn_is_its_loop():
     close(m(x)[0], m.o_proj(torch.stack(ys, 1) * F.silu(m.g_proj(x))))
 
 
+@pytest.mark.parametrize("variant", ["real", "complex"])
+def test_hgrn_of_both_directions_is_the_sum_of_two_scans(variant):
+    m = mixer("hgrn", dim=6, variant=variant, layer=1, layers=2, causal=False)
+    x, padding = randn(2, 9, 6), torch.zeros(2, 9, dtype=torch.bool)
+    padding[0, :3] = True
+    u = F.silu(m.i_proj(x)).view(2, 9, 6, -1)
+    u = torch.complex(
+        u[..., 0], u[..., 1] if variant == "complex" else torch.zeros(2, 9, 6).double()
+    )
+    theta = m.theta if variant == "complex" else torch.zeros(6).double()
+    lb = m.bound.own.weight.softmax(0)[1]
+    f = lb + (1 - lb) * torch.sigmoid(m.f_proj(x))
+    turn, u = f * torch.exp(1j * theta), (1 - f) * u
+    ahead, back = torch.zeros_like(u), torch.zeros_like(u)
+    for t in range(9):
+        ahead[:, t] = u[:, t] + (turn[:, t] * ahead[:, t - 1] if t else 0)
+        back[:, 8 - t] = u[:, 8 - t] + (turn[:, 8 - t] * back[:, 9 - t] if t else 0)
+    h, z = ahead + back, m.g_proj(x)
+    if variant == "real":
+        want = m.o_proj(m.norm(h.real, z))
+    else:
+        want = m.o_proj(m.norm(torch.cat([h.real, h.imag], -1)) * F.silu(z))
+    close(m(x)[0], want)
+    close(m(x, padding=padding)[0][0, 3:], m(x[:1, 3:])[0][0])
+    packed = m(x.flatten(0, 1)[None], cu_seqlens=torch.tensor([0, 9, 13, 18], dtype=torch.int32))[0]
+    for a, b in ((0, 9), (9, 13), (13, 18)):
+        close(packed[:, a:b], m(x.flatten(0, 1)[None, a:b])[0])
+
+
 def test_hgrn_loads_the_authors_names():
     m = mixer("hgrn", dim=6, variant="complex")
     names = {

@@ -41,6 +41,7 @@ class HGRN(Mixer):
         layer: the global layer number; layers: of the model. See ``bounds``.
         bounds: the least forget gate rises with the depth: the model's ``LowerBounds``, or a
             ``[C]`` tensor for a fixed one; None gives a layer of its own (0 in the first).
+        causal: False adds to h that of a second scan, from the end, over the tokens of the call.
         norm_eps: of the output norm.
     """
 
@@ -54,11 +55,12 @@ class HGRN(Mixer):
         layer: int = 0,
         layers: int = 1,
         bounds: LowerBounds | Tensor | None = None,
+        causal: bool = True,
         norm_eps: float = 1e-5,
     ) -> None:
         super().__init__(dim=dim)
         checks.one_of("variant", variant, VARIANTS)
-        self.complex = variant == "complex"
+        self.complex, self.causal = variant == "complex", causal
         width = 2 * dim if self.complex else dim
         self.i_proj = nn.Linear(dim, width, bias=self.complex)
         self.f_proj = nn.Linear(dim, dim, bias=self.complex)
@@ -87,23 +89,33 @@ class HGRN(Mixer):
         decay, write = bounded_gate(self.f_proj(x), self.bound())
         decay, write = context.zero_padding(decay), context.zero_padding(write)
         i, z = widen(F.silu(self.i_proj(x))), self.g_proj(x)
-        past, cu = context.past("h"), context.cu_seqlens
+        past = context.past("h")
         if not self.complex:
-            h, last = scan(i * write, decay, state=past, cu_seqlens=cu)
+            h, last = self._scan(i * write, decay, past, context.cu_seqlens)
             return self.o_proj(self.norm(h.to(x.dtype), z)), {"h": last}
         u = torch.view_as_complex(i.unflatten(-1, (self.dim, 2))) * write
         turn = torch.complex(decay, widen(self.theta).expand_as(decay))
         past = None if past is None else torch.view_as_complex(past)
-        h, last = scan(u, turn, state=past, cu_seqlens=cu)
+        h, last = self._scan(u, turn, past, context.cu_seqlens)
         y = self.norm(torch.cat([h.real, h.imag], -1).to(x.dtype)) * F.silu(z)
         return self.o_proj(y), {"h": torch.view_as_real(last)}
 
+    def _scan(
+        self, u: Tensor, decay: Tensor, past: Tensor | None, cu: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """h, and the state after the last token."""
+        h, last = scan(u, decay, state=past, cu_seqlens=cu)
+        if not self.causal:
+            back = None if cu is None else u.shape[1] - cu.flip(0)
+            h = h + scan(u.flip(1), decay.flip(1), cu_seqlens=back)[0].flip(1)
+        return h, last
+
     @property
     def splits(self) -> bool:
-        return True
+        return self.causal
 
     def state_bytes(self, T: int, dtype: torch.dtype = torch.float32) -> int:
         return cost.state_bytes(D=self.dim) * (2 if self.complex else 1)
 
     def flops(self, T: int) -> int:
-        return flops_of_weights(self, T) + cost.flops(B=1, T=T, D=self.dim)
+        return flops_of_weights(self, T) + (2 - self.causal) * cost.flops(B=1, T=T, D=self.dim)
