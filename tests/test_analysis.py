@@ -62,6 +62,16 @@ class TestScore:
             rh.score(looked[1:], [1, 2], self.IDS, self.SPAN, dedup=True),
         )
 
+    @pytest.mark.parametrize(("shape", "apart"), [((32, 32), 100), ((4, 8), 3)])
+    def test_random_heads_are_none_of_the_best(self, shape, apart):
+        scores = torch.linspace(0, 0.09, shape[0] * shape[1]).view(shape).flip(0)
+        scores[1, :3] = 0.5
+        found = rh.RetrievalScores(scores, scores[None], 1)
+        others = found.others()
+        assert len(others) == scores.numel() - apart
+        assert not set(others) & set(found.top(apart))
+        assert set(found.heads()) == {(1, 0), (1, 1), (1, 2)}
+
     def test_wrong_spans(self):
         for span in ((3, 3), (-1, 2), (2, 9)):
             with pytest.raises(ValueError, match="span"):

@@ -17,6 +17,7 @@ from subquad.analysis.words import recall
 from subquad.ops import checks
 
 RETRIEVAL, STRONG = 0.1, 0.5
+BEST = 100  # heads that random ones are not drawn from, in a model of twice as many or more
 ACCEPTED = 0.5  # ROUGE-1 recall over which a sample counts as answered
 NEEDLE_OVERLAP = 0.9
 BUFFER = 200  # tokens of a prompt's length that are left to the question
@@ -110,6 +111,12 @@ class RetrievalScores:
         """The heads over ``threshold``, the strongest first."""
         count = int((self.scores > threshold).sum())
         return self.top(count) if count else []
+
+    def others(self) -> list[Head]:
+        """The heads that random ones are drawn from: no retrieval heads, and in a large model none
+        of the best 100 (the authors' control)."""
+        total, count = self.scores.numel(), len(self.heads())
+        return self.top(total)[max(count, BEST if total >= 2 * BEST else 0) :]
 
 
 def probe(
@@ -243,7 +250,7 @@ class RetrievalHeads:
     Args:
         length: tokens of a prompt. samples: to score the heads with; tests: others, to ablate on.
         ablate: 1, 2, 4, ... heads are ablated, up to this many, and as many as were found.
-        draws: of random heads, from those that are no retrieval heads.
+        draws: of random heads, from :meth:`RetrievalScores.others`.
         new: most tokens of an answer.
         mode, phase: of the ablation (see :class:`~subquad.analysis.watch.Watch`).
         dedup: see :func:`score`. seed: of samples and random heads.
@@ -273,10 +280,9 @@ class RetrievalHeads:
             new=self.new, dedup=self.dedup,
         )  # fmt: skip
         tests = facts(tokenizer, self.length, self.tests, self.seed + 1, self.text)
-        kept = set(found.heads())
-        others = [h for h in found.top(found.scores.numel()) if h not in kept]
+        others = found.others()
         draw = torch.Generator().manual_seed(self.seed)
-        asked = {2**i for i in range(self.ablate.bit_length())} | {len(kept)}
+        asked = {2**i for i in range(self.ablate.bit_length())} | {len(found.heads())}
         counts = sorted(k for k in asked if 0 < k <= min(self.ablate, len(others)))
         sets: list[list[Head]] = [[]]
         for k in counts:
