@@ -260,9 +260,12 @@ def test_maps_of_queries_and_keys_begin_alike_and_learn_apart(key):
         assert a[name] is not b[name]
 
 
-def test_lolcats_loads_the_authors_names():
-    mixer = subquad.create_mixer("lolcats", dim=16, heads=2)
+@pytest.mark.parametrize("key", ["hedgehog", "lawcat", "lolcats"])
+def test_the_authors_names_load(key):
+    options = {"hedgehog": {"feature_bias": False}, "lawcat": {"tied": False}}.get(key, {})
+    mixer = subquad.create_mixer(key, dim=16, heads=2, **options)
     names = {f"feature_map_{n}.weight": f"feature_map_{n}.mlp.layer" for n in "qk"}
+    names |= {f"{n}_conv.weight": f"{n}_conv1d.weight" for n in "qk"}
     theirs = {names.get(n, n): t for n, t in mixer.state_dict().items()}
     assert "feature_map_k.mlp.layer" in theirs
     mixer.load_state_dict(mixer.translate(theirs))

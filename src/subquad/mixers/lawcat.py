@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from subquad.mixers.base import Context
 from subquad.mixers.parts.conv import ShortConv
 from subquad.mixers.parts.decay import widen
-from subquad.mixers.parts.head_map import HeadMap
+from subquad.mixers.parts.head_map import AUTHORS, HeadMap
 from subquad.mixers.parts.past import Span
 from subquad.mixers.parts.recurrent import flops_of_weights, low_rank
 from subquad.mixers.softmax import Softmax, ramp
@@ -52,6 +52,11 @@ class LAWCAT(Softmax):
     """
 
     WITHOUT = ("causal", "sinks")
+    FOREIGN: ClassVar[Mapping[str, str]] = {
+        **AUTHORS,
+        "q_conv1d.weight": "q_conv.weight",
+        "k_conv1d.weight": "k_conv.weight",
+    }
 
     def __init__(
         self,
