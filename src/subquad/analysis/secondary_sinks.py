@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from subquad.ops import checks
 from subquad.ops.layout import repeat_heads
-from subquad.policies.hook import attention_modules, decoder_of, site_of
+from subquad.policies.parts.decoder import attention_modules, decoder_of, site_of
 
 ALIGNED, MADE = 0.9, 0.98  # |cos| of a sink's residual; cos of the MLP output that makes one
 MIN_LIFE, MAX_GAP = 5, 15

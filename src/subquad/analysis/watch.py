@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from subquad.ops import checks
 from subquad.ops.layout import repeat_heads
-from subquad.policies.hook import attention_modules
+from subquad.policies.parts.decoder import attention_modules
 
 NAME = "subquad-analysis"
 MODES = ("uniform", "zero")

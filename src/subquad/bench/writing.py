@@ -17,7 +17,8 @@ from subquad.bench import policies
 from subquad.models import CausalLM
 from subquad.models.checkpoint import tokenizer_of
 from subquad.ops import checks
-from subquad.policies.hook import apply, attention_modules
+from subquad.policies.hook import apply
+from subquad.policies.parts.decoder import attention_modules
 from subquad.policies.steps import decoding
 
 

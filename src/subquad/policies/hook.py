@@ -8,7 +8,6 @@ cache and (for late rotation) identity rotations. Removing it restores all three
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from subquad.caches.kv import PolicyCache
-from subquad.ops import checks
 from subquad.policies.base import Call, Policy, Site, Tally
 from subquad.policies.parts import late
+from subquad.policies.parts.decoder import (
+    attention_modules,
+    decoder_of,
+    layer_index,
+    rotation_of,
+    site_of,
+)
 from subquad.policies.steps import ROOM, Steps
 
 NAME = "subquad"
@@ -157,7 +162,9 @@ class Applied:
         self._rotary = next((m for n, m in model.named_modules() if n.endswith("rotary_emb")), None)
         kinds = {} if self._rotary is None else inspect.signature(self._rotary.forward).parameters
         self._by_type = "layer_type" in kinds
-        if self.policy.late_rope and (self._rotary is None or _rotation(self._modules[0]) is None):
+        if self.policy.late_rope and (
+            self._rotary is None or rotation_of(self._modules[0]) is None
+        ):
             raise ValueError(f"{type(model).__name__} has no rotary embedding to apply late")
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, _mask)
@@ -292,13 +299,13 @@ class Applied:
 
     def rotate(self, module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """The model's own rotation, at any positions."""
-        if not self._rotates[_layer_index(module)]:
+        if not self._rotates[layer_index(module)]:
             return lambda x, positions: x
-        rotary, apply_rope = self._rotary, _rotation(module)
+        rotary, apply_rope = self._rotary, rotation_of(module)
         extra = {}
         if self._by_type:
             kinds = self._config.layer_types
-            extra["layer_type"] = getattr(module, "layer_type", kinds[_layer_index(module)])
+            extra["layer_type"] = getattr(module, "layer_type", kinds[layer_index(module)])
 
         def rotated(x: Tensor, positions: Tensor) -> Tensor:
             if rotary is None or apply_rope is None:
@@ -308,11 +315,6 @@ class Applied:
             return apply_rope(x, x[:, :0], cos, sin)[0].transpose(1, 2)  # queries alone
 
         return rotated
-
-
-def _rotation(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """How the model's own file rotates q and k."""
-    return getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
 
 
 def padding_starts(attention_mask: Any) -> list[int] | None:
@@ -335,68 +337,6 @@ def padding_starts(attention_mask: Any) -> list[int] | None:
             "attention_mask must have its padding on the left (tokenizer.padding_side='left')"
         )
     return (~real).sum(1).tolist()
-
-
-def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The module whose forward takes ``past_key_values`` and runs the layers."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-
-
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's attention modules by layer.
-
-    Raises:
-        ValueError: for a model that a policy cannot reach.
-    """
-    name = type(model).__name__
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "is_encoder_decoder", False) or not model.can_generate():
-        raise ValueError(f"model must be a decoder that generates, got {name}")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"model must use transformers' AttentionInterface, {name} does not")
-    if getattr(config, "attn_logit_softcapping", None):
-        raise ValueError(f"{name} caps its scores (attn_logit_softcapping), which is not supported")
-    found: list[Any] = [
-        m
-        for m in decoder_of(model).modules()
-        if hasattr(m, "layer_idx") and getattr(m, "is_causal", False) and hasattr(m, "k_proj")
-    ]
-    if len(found) != config.num_hidden_layers:
-        raise ValueError(
-            f"model must have softmax attention in every layer, with a k_proj of its own; "
-            f"{name} has {len(found)} of {config.num_hidden_layers}"
-        )
-    kinds = set(getattr(config, "layer_types", None) or ()) - {
-        "full_attention",
-        "sliding_attention",
-    }
-    if kinds:
-        raise ValueError(f"{name} has layers of {sorted(kinds)}, which is not supported")
-    if any(getattr(m, "sinks", None) is not None for m in found):
-        raise ValueError(f"{name} has learned attention sinks, which are not supported")
-    return sorted(found, key=_layer_index)
-
-
-def _layer_index(module: Any) -> int:
-    return int(module.layer_idx)
-
-
-def site_of(module: nn.Module, layers: int) -> Site:
-    config: Any = module.config
-    index = _layer_index(module)
-    kinds = getattr(config, "layer_types", None)
-    slides = kinds is None or kinds[index] == "sliding_attention"
-    window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
-    heads = config.num_attention_heads
-    checks.divides("num_key_value_heads", config.num_key_value_heads, "num_attention_heads", heads)
-    return Site(
-        index=index,
-        layers=layers,
-        heads=heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(module, "head_dim", config.hidden_size // heads),
-        window=window if slides else None,
-    )
 
 
 __all__ = ["Applied", "apply"]

@@ -172,7 +172,8 @@ def identify(
     progress: Callable[[dict[str, float]], None] | None = None,
 ) -> Tensor:
     """The gates ``[L,G]``, float32 in 0..1; the model is left as it was."""
-    from subquad.policies.hook import apply, decoder_of
+    from subquad.policies.hook import apply
+    from subquad.policies.parts.decoder import decoder_of
 
     data, policy, decoder = iter(Passkeys(tokenizer, texts, settings)), Gated(settings), None
     needed = [(p, p.requires_grad) for p in model.parameters()]
