@@ -80,8 +80,8 @@ def window(small: bool) -> Problem:
     return Problem(T, 1, H, H, 128, build, area, flex, True)
 
 
-def random_blocks(small: bool) -> Problem:
-    T, H, share = (2048, 2, 0.3) if small else (32768, 16, 0.1)
+def random_blocks(share: float, small: bool) -> Problem:
+    T, H = (2048, 2) if small else (32768, 16)
     R = T // 128
     kept = torch.rand(R, R, device="cuda") < share
     kept |= torch.eye(R, device="cuda", dtype=torch.bool)
@@ -184,7 +184,8 @@ def chosen_by_token(small: bool) -> Problem:
 
 CASES: dict[str, Callable[[bool], Problem]] = {
     "window 1024, T 32768": window,
-    "10% random blocks, T 32768": random_blocks,
+    "10% random blocks, T 32768": lambda small: random_blocks(0.3 if small else 0.1, small),
+    "40% random blocks, T 32768": lambda small: random_blocks(0.4, small),
     "grid 128x128, 13x13": lambda small: neighborhood(
         (24, 30) if small else (128, 128), 5 if small else 13, 1, (8, 8), small
     ),
