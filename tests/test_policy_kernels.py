@@ -10,9 +10,9 @@ import torch
 from subquad.ops import cache
 from subquad.ops.attention import token
 from subquad.ops.backend import interpreted
-from subquad.ops.select import pages
+from subquad.ops.select import pages, top
 from subquad.policies import quest
-from subquad.policies.base import Call, Site
+from subquad.policies.base import Call, Site, create_policy
 from subquad.policies.parts import lines
 
 inside = pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPRET=1")
@@ -43,6 +43,54 @@ def test_diagonals(T, S, M, monkeypatch):
     monkeypatch.setattr(lines, "interpreted", lambda: False)
     for a, b in zip(found, lines.blocks(columns, distances, T, S, M), strict=True):
         assert torch.equal(lines.trimmed(a.long()), b)
+
+
+@inside
+@pytest.mark.parametrize(("L", "S", "window"), [(64, 211, None), (90, 300, 70), (30, 30, None)])
+def test_last_rows(L, S, window):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, L, 4, 24), torch.randn(2, S, 2, 24)
+    found = lines.last_rows(q, k, 0.3, window)
+    torch.testing.assert_close(found, lines.last_rows(q.double(), k.double(), 0.3, window).float())
+
+
+@inside
+@pytest.mark.parametrize(("T", "S"), [(150, 150), (60, 170)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("block_topk", {"block": 8, "topk": 4}),
+        ("block_topk", {"block": 5, "topk": 3, "variant": "minference"}),
+        ("flexprefill", {"gamma": 0.8, "tau": 0.0, "block": 16, "unit": 16, "min_budget": 16}),
+        ("flexprefill", {"gamma": 0.6, "tau": 0.0, "block": 16, "unit": 4, "min_budget": 32,
+                         "max_budget": 64}),
+        ("flexprefill", {"gamma": 0.5, "tau": 0.6, "block": 16, "unit": 16, "min_budget": 16}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_prompts_choose(name, options, T, S):
+    """The kernels' blocks are those of the definition."""
+    torch.manual_seed(0)
+    policy = create_policy(name, **options)
+    q, k = torch.randn(2, T, 4, 16), torch.randn(2, S, 2, 16)
+    scale = () if name == "block_topk" else (0.5,)
+    found = policy.select(q, k, *scale)
+    want = policy.select(q.double(), k.double(), *scale)
+    assert torch.equal(lines.trimmed(found.long()), lines.trimmed(want.long()))
+
+
+@inside
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("k", [1, 5, 40, 90])
+def test_top(k, causal):
+    """Many equal scores, some that are never taken."""
+    generator = torch.Generator().manual_seed(k)
+    scores = torch.randint(-3, 4, (1, 2, 12, 70), generator=generator).float()
+    scores[..., 3] = -torch.inf
+    options = {"size": 16, "rows": 8, "causal": causal, "sinks": int(k > 2), "offset": 20}
+    options["local"] = 2 * options["sinks"]
+    want = top(scores.double(), k, **options)
+    assert torch.equal(top(scores, k, **options), want)
 
 
 @inside

@@ -52,8 +52,12 @@ def test_kernels_are_the_choice(name, options, T, dtype, monkeypatch):
             seen += size
         return torch.cat(outs, 1)
 
+    def gathered(call, starts, size, rows, columns, unit):
+        starts = torch.where(starts < 0, -1, starts * unit)
+        return chosen._gathered(call, starts, size, rows, columns)
+
     by_kernels = run()
-    monkeypatch.setattr(chosen, "_kernels", lambda *a: chosen._gathered(*a))
+    monkeypatch.setattr(chosen, "_kernels", gathered)
     monkeypatch.setattr(chosen, "token", plain_token)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 2e-3
     torch.testing.assert_close(by_kernels, run(), atol=tolerance, rtol=tolerance)
@@ -116,6 +120,54 @@ def test_diagonals_by_the_kernels(T, S):
     found = lines.blocks(columns.cuda(), distances.cuda(), T, S, 64)
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(lines.trimmed(a.long()).cpu(), b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize(("L", "S", "K"), [(64, 5000, 128), (300, 1111, 64), (20, 20, 96)])
+def test_last_rows_by_the_kernels(L, S, K, window, dtype):
+    """Sums by key and by distance, in float64 as they are defined."""
+    from subquad.policies.parts import lines
+
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, n, h, K, device="cuda").to(dtype) for n, h in ((L, 6), (S, 2)))
+    found = lines.last_rows(q, k, 0.1, window)
+    want = lines.last_rows(q.double(), k.double(), 0.1, window)
+    torch.testing.assert_close(found, want, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["frontier", "minference"])
+@pytest.mark.parametrize(
+    ("T", "S", "block", "topk"), [(4096, 4096, 16, 20), (700, 3001, 64, 5), (65, 70, 16, 9)]
+)
+def test_block_topk_by_the_kernels(T, S, block, topk, variant, dtype):
+    """The blocks that the definition finds; sums of such integers are exact anywhere, and ties go
+    to the earlier."""
+    policy = create_policy("block_topk", block=block, topk=topk, variant=variant)
+    generator = torch.Generator().manual_seed(T)
+    q, k = (
+        (block * torch.randint(-2, 3, (2, n // block, h, 128), generator=generator))
+        .repeat_interleave(block, 1)
+        .cuda()
+        for n, h in ((S + block, 6), (S + block, 2))
+    )
+    q, k = q[:, S - T : S], k[:, :S]
+    found = policy.select(q.to(dtype), k.to(dtype))
+    assert torch.equal(found, policy.select(q.double(), k.double()))
+
+
+@pytest.mark.parametrize("options", [{"tau": 0.0}, {"tau": 0.5}, {"tau": 0.0, "max_budget": 700}])
+@pytest.mark.parametrize(("T", "S"), [(5000, 5000), (300, 3001)])
+def test_flexprefill_by_the_kernels(T, S, options):
+    """The blocks that the definition finds."""
+    from subquad.policies.parts import lines
+
+    torch.manual_seed(0)
+    policy = create_policy("flexprefill", gamma=0.8, block=64, min_budget=128, **options)
+    q, k = (torch.randn(2, n, h, 64, device="cuda") for n, h in ((T, 4), (S, 2)))
+    found = lines.trimmed(policy.select(q, k, 0.3).long())
+    assert torch.equal(found, policy.select(q.double(), k.double(), 0.3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Table:
-    """An int32 tensor, copied once and never written again.
+    """An int32 tensor, copied once (or with ``copy=False`` handed over) and never written again.
 
     The digest is computed on first use (on an accelerator this waits for the tensor), so a mask
     that is made on the device and used once is never read back.
@@ -20,8 +20,8 @@ class Table:
 
     __slots__ = ("_copies", "_digest", "tensor")
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach().to(torch.int32, copy=True).contiguous()
+    def __init__(self, tensor: Tensor, copy: bool = True) -> None:
+        self.tensor = tensor.detach().to(torch.int32, copy=copy).contiguous()
         self._copies: dict[torch.device, Tensor] = {self.tensor.device: self.tensor}
         self._digest: bytes | None = None
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops import checks
+from subquad.ops import checks, select
 from subquad.policies.base import Call, Policy
 from subquad.policies.parts import chosen
 
@@ -51,44 +50,30 @@ class BlockTopK(Policy):
 
     def _prefill(self, call: Call) -> Tensor:
         index = self.select(call.q, call.layer.keys)
-        starts = torch.where(index < 0, -1, index * self.block)
-        return chosen.attend(call, starts, self.block, self.block)
+        return chosen.attend(call, index, self.block, self.block, unit=self.block)
 
     def select(self, q: Tensor, k: Tensor) -> Tensor:
         """The chosen blocks of ``k [B,S,G,K]`` for the last tokens ``q [B,T,H,K]``.
 
         Returns:
             int ``[B,H,R,n]``: a row for each block that holds a query, the blocks rising, -1 (for
-            rows with fewer blocks before them) last.
+            rows with fewer blocks before them) last. Of equals the earlier are taken.
         """
-        (B, T, H, _), (S, G), b = q.shape, k.shape[1:3], self.block
+        (B, T, H, _), S, b = q.shape, k.shape[1], self.block
         first, blocks = (S - T) // b, -(-S // b)
         # Padding counts in the means, as the authors have it; a query block's scale is no matter.
-        means = F.pad(k, (0, 0, 0, 0, 0, blocks * b - S)).unflatten(1, (blocks, b)).mean(2)
-        lead = S - T - first * b
-        q = F.pad(q, (0, 0, 0, 0, lead, (blocks - first) * b - lead - T))
-        queries = q.unflatten(1, (blocks - first, b)).mean(2)
-        step = max(1, SCORES // (B * H * blocks))
+        means, queries = select.means(k, b), select.means(q, b, S - T - first * b)
+        step = max(1, SCORES * (1 + 15 * q.is_cuda) // (B * H * blocks))
         rows = [
-            self._choose(queries[:, r : r + step], means, first + r, H // G)
+            self._choose(queries[:, r : r + step], means, first + r)
             for r in range(0, blocks - first, step)
         ]
-        return torch.cat(rows, 2)
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 2)
 
-    def _choose(self, queries: Tensor, means: Tensor, first: int, share: int) -> Tensor:
+    def _choose(self, queries: Tensor, means: Tensor, first: int) -> Tensor:
         """Rows ``first..`` of :meth:`select` from the blocks' means."""
-        B, R, H, K = queries.shape
-        n = means.shape[1]
-        grouped = queries.view(B, R, H // share, share, K)
-        score = torch.einsum("brgsk,bngk->bgsrn", grouped, means).flatten(1, 2)
-        m = first + torch.arange(R, device=queries.device)[:, None]
-        c = torch.arange(n, device=queries.device)
-        if self.variant == "frontier":
-            score = score.masked_fill((c == m) | (c == m - 1), torch.inf)
-        score = score.masked_fill(c > m, -torch.inf)
-        if self.variant == "frontier":
-            score = score.masked_fill(c == 0, torch.inf)
-        top = score.topk(min(self.topk, n), -1)
-        # Blocks after the row's own sort last, and stay behind as -1.
-        index = torch.where(top.values == -torch.inf, n, top.indices).sort(-1).values
-        return torch.where(index == n, -1, index)
+        b, forced = self.block, self.variant == "frontier"
+        score = select.products(queries, means, first)
+        return select.top(
+            score, self.topk, size=b, sinks=int(forced), local=2 * forced, offset=first * b
+        )

@@ -21,6 +21,8 @@ from subquad.ops import checks
 from subquad.policies.base import Call, Policy
 from subquad.policies.parts import chosen, lines
 
+MOST = 1 << 14  # blocks that a kernel holds
+
 
 @dataclass(frozen=True)
 class FlexPrefill(Policy):
@@ -78,7 +80,7 @@ class FlexPrefill(Policy):
         if max(2 * b, math.ceil(self.min_budget / b) * b) >= S:
             return call.dense()
         index = self.select(call.q, call.layer.keys, call.scale, call.site.window)
-        return chosen.attend(call, torch.where(index < 0, -1, index * b), b, b)
+        return chosen.attend(call, index, b, b, unit=b)
 
     def select(self, q: Tensor, k: Tensor, scale: float, window: int | None = None) -> Tensor:
         """The blocks of ``k [B,S,G,K]`` for the last tokens ``q [B,T,H,K]``.
@@ -89,31 +91,43 @@ class FlexPrefill(Policy):
         b, S, T = self.block, k.shape[1], q.shape[1]
         first, n = (S - T) // b, -(-S // b)
         last = q[:, -b:]
-        by_key, by_distance = (x / last.shape[1] for x in lines.last_rows(last, k, scale, window))
-        columns, diagonals = _summed(by_key, b), _summed(by_distance.flip(-1), b)
-
+        sums = lines.last_rows(last, k, scale, window)
         least = math.ceil(self.min_budget / b)
         most = n if self.max_budget is None else min(math.ceil(self.max_budget / b), n)
-        wanted = [
-            (cover(x, self.gamma) // self.unit + 1).clamp(least, most)
-            for x in (by_key, by_distance)
-        ]
-        pooled_k = _means(k, 0, b)
-        aware = self._query_aware(last, pooled_k, columns, scale)
-        v, s = (torch.where(aware, least, count) for count in wanted)
+        aware, more = None, None
+        if self.tau > 0:
+            pooled_k, m = _means(k, 0, b), torch.arange(first, n, device=q.device)[:, None]
+            aware = self._query_aware(last, pooled_k, _summed(sums[0] / last.shape[1], b), scale)
+            if bool(aware.any()):
+                pooled_q = _means(q, S - T - first * b, b)
+                more = aware[..., None, None] & self._global(pooled_q, pooled_k, m, scale)
+        if lines.by_kernels(q) and n <= MOST:
+            from subquad.ops.select import triton_cover
 
-        m = first + torch.arange(n - first, device=q.device)[:, None]
-        c = torch.arange(n, device=q.device)
+            target = self.gamma * last.shape[1]
+            taken = triton_cover.cover(sums, aware, target, b, self.unit, least, most)
+            widest = n if self.tau > 0 else min(2 * max(most, 1), n)
+            return triton_cover.union(taken, more, n - first, widest)
+        return lines.trimmed(self._union(sums / last.shape[1], aware, more, n - first, least, most))
+
+    def _union(
+        self, sums: Tensor, aware: Tensor | None, more: Tensor | None, R: int, least: int, most: int
+    ) -> Tensor:
+        """The lists of R rows: the best columns and diagonals of ``sums [2,B,H,S]``, as many as
+        cover ``gamma`` (where ``aware [B,H]`` the least number), and ``more [B,H,R,n]``."""
+        count = (cover(sums, self.gamma) // self.unit + 1).clamp(least, most)
+        v, s = count if aware is None else torch.where(aware, least, count)
+        columns, diagonals = _summed(sums[0], self.block), _summed(sums[1].flip(-1), self.block)
+        n = columns.shape[-1]
         vertical = _best(columns, v, 0)
         slash = _best(diagonals, s, n - 1).flip(-1)  # by distance in blocks
-        distance = (m - c).clamp_min(0).expand(*slash.shape[:2], -1, -1)
-        near = slash[:, :, None].expand(-1, -1, n - first, -1).gather(-1, distance)
-        kept = (vertical[:, :, None] | near) & (c <= m)
-        if self.tau > 0 and bool(aware.any()):
-            lead = S - T - first * b
-            kept |= aware[..., None, None] & self._global(_means(q, lead, b), pooled_k, m, scale)
-        found = lines.listed(kept, c.expand_as(kept))
-        return found if q.is_cuda else lines.trimmed(found)  # a GPU need not be asked
+        m, c = (torch.arange(x, n, device=sums.device) for x in (n - R, 0))
+        distance = (m[:, None] - c).clamp_min(0).expand(*slash.shape[:2], -1, -1)
+        near = slash[:, :, None].expand(-1, -1, R, -1).gather(-1, distance)
+        kept = (vertical[:, :, None] | near) & (c <= m[:, None])
+        if more is not None:
+            kept |= more
+        return lines.listed(kept, c.expand_as(kept))
 
     def _query_aware(self, q: Tensor, pooled_k: Tensor, columns: Tensor, scale: float) -> Tensor:
         """Heads whose attention between pooled queries and keys is near the pooled attention:

@@ -6,8 +6,19 @@ int32, rising, -1 at the end of shorter rows.
 """
 
 from subquad.ops.select.choose import cover, top
-from subquad.ops.select.pool import pool
-from subquad.ops.select.score import block_mass, peaks, window_mass
+from subquad.ops.select.pool import means, pool
+from subquad.ops.select.score import block_mass, peaks, products, window_mass
 from subquad.ops.select.search import halves, halving
 
-__all__ = ["block_mass", "cover", "halves", "halving", "peaks", "pool", "top", "window_mass"]
+__all__ = [
+    "block_mass",
+    "cover",
+    "halves",
+    "halving",
+    "means",
+    "peaks",
+    "pool",
+    "products",
+    "top",
+    "window_mass",
+]

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from subquad.ops import checks
+from subquad.ops.backend import interpreted
+
+MOST = 1 << 14  # scores of a row that a kernel holds
 
 
 def top(
@@ -37,6 +40,12 @@ def top(
     checks.positive("k", k)
     if k < min(sinks + local, scores.shape[-1]):
         raise ValueError(f"k must hold the {sinks} sinks and {local} local blocks, got {k}")
+    for name, value in (("sinks", sinks), ("local", local), ("offset", offset)):
+        checks.positive(name, value, zero=True)
+    if _kernels(scores):
+        from subquad.ops.select import triton_best
+
+        return triton_best.top(scores, k, size, rows or size, causal, sinks, local, offset)
     rank = _forced(scores, size, rows or size, causal, sinks, local, offset)
     best, index = _best(rank, min(k, rank.shape[-1]))
     return _rising(index, best > -torch.inf, rank.shape[-1])
@@ -99,6 +108,11 @@ def _forced(
     forced = (block < sinks) | (~after & (block > diagonal - local))
     rank = scores.masked_fill(forced, torch.inf)
     return rank.masked_fill(after, -torch.inf) if causal else rank
+
+
+def _kernels(scores: Tensor) -> bool:
+    fits = scores.dtype != torch.float64 and scores.numel() > 0 and scores.shape[-1] <= MOST
+    return fits and (scores.is_cuda or interpreted()) and not torch.compiler.is_compiling()
 
 
 def _best(rank: Tensor, k: int) -> tuple[Tensor, Tensor]:

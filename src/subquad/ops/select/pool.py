@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops import checks
+from subquad.ops.backend import interpreted
 
 KINDS = ("mean", "max", "min", "sum")
 
@@ -39,6 +41,32 @@ def pool(x: Tensor, size: int, *, stride: int | None = None, kind: str = "mean")
     if whole == S:
         return blocks
     return torch.cat([blocks, _reduce(x[:, whole:], 1, kind)[:, None]], 1)
+
+
+def means(x: Tensor, size: int, lead: int = 0) -> Tensor:
+    """Blocks of ``size`` tokens as their sums over ``size``, what fills up the first and the last
+    block counted as zeros.
+
+    Args:
+        x: ``[B,T,G,K]``.
+        lead: places in the first block before token 0.
+
+    Returns:
+        ``[B,ceil((lead + T) / size),G,K]``. Not differentiable.
+    """
+    with torch.no_grad():
+        if by_kernels(x):
+            from subquad.ops.select import triton_best
+
+            return triton_best.means(x, size, lead)
+        x = F.pad(x, (0, 0, 0, 0, lead, -(lead + x.shape[1]) % size))
+        return x.unflatten(1, (-1, size)).mean(2)
+
+
+def by_kernels(x: Tensor) -> bool:
+    """Whether kernels take x ``[B,T,G,K]``: they know no float64."""
+    fits = x.dtype in (torch.float16, torch.bfloat16, torch.float32) and x.shape[-1] <= 256
+    return fits and x.numel() > 0 and (x.is_cuda or interpreted())
 
 
 def _reduce(x: Tensor, dim: int, kind: str) -> Tensor:

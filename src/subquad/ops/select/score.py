@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.backend import interpreted
+from subquad.ops.select.pool import by_kernels as _kernels
 
 CHUNK = 1 << 22  # scores held at once
 
@@ -53,6 +53,27 @@ def block_mass(
         return run(q, k, size, rows, reduce, causal, scale, offset)
 
 
+def products(queries: Tensor, means: Tensor, first: int) -> Tensor:
+    """The products of rows of queries with the blocks of keys up to each row's own; what stands
+    behind that is not defined.
+
+    Args:
+        queries: ``[B,R,H,K]``; means: ``[B,n,G,K]``.
+        first: the block of row 0.
+
+    Returns:
+        float32 ``[B,H,R,n]`` (float64 for float64). Not differentiable.
+    """
+    with torch.no_grad():
+        if _kernels(queries):
+            from subquad.ops.select import triton_best
+
+            return triton_best.products(queries, means, first)
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        grouped = queries.to(wide).unflatten(2, (means.shape[2], -1))
+        return torch.einsum("brgsk,bngk->bgsrn", grouped, means.to(wide)).flatten(1, 2)
+
+
 def peaks(q: Tensor, k: Tensor, blocks: Tensor, size: int) -> Tensor:
     """How well listed blocks of keys fit some queries: the largest product of any of these with any
     key of the block.
@@ -74,11 +95,6 @@ def peaks(q: Tensor, k: Tensor, blocks: Tensor, size: int) -> Tensor:
         keys = k[row, tokens, head].flatten(3, 4)  # [B,N,R,n*size,K]
         products = torch.einsum("bnrmk,bnrlk->bnrml", q, keys)
         return products.amax(3).unflatten(-1, (-1, size)).amax(-1)
-
-
-def _kernels(q: Tensor) -> bool:
-    fits = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[-1] <= 256
-    return fits and q.numel() > 0 and (q.device.type == "cuda" or interpreted())
 
 
 def _mass(q, k, size, rows, reduce, causal, scale, offset) -> Tensor:

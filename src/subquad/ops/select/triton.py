@@ -1,4 +1,4 @@
-"""The masses of :mod:`subquad.ops.select.score` and the runs of diagonals as kernels.
+"""The masses of :mod:`subquad.ops.select.score` as kernels.
 
 The softmax's statistics are found in a first walk over the keys, the masses in a second.
 """
@@ -126,85 +126,6 @@ def window_kernel(
         j = first + tl.arange(0, BN)[None, :]
         at = OUT + (tl.program_id(2).to(tl.int64) * T + m)[:, None] * n + j
         tl.store(at, mass, mask=(m < T)[:, None] & (j < n))
-
-
-@triton.jit
-def run_kernel(NEARER, STARTS, COUNT, REACH, R, n, first, most, S, M, BR: tl.constexpr):
-    """Walks the distances of BR rows from far to near: the runs of M keys that they need. Rows that
-    are done wait for the others."""
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    row = tl.program_id(1).to(tl.int64) * R + r
-    NEARER += tl.program_id(1).to(tl.int64) * (most + 1)
-    end = M * (first + 1 + r)
-    d = tl.load(NEARER + end, mask=r < R, other=-1)
-    reach = tl.where(d < 0, 0, tl.maximum(end - d, M))
-    start = reach - M
-    count = tl.zeros([BR], tl.int32)
-    while tl.max(d, 0) >= 0:
-        there = (d >= 0) & (start < S)
-        tl.store(STARTS + row * n + count, start, mask=there)
-        count += there.to(tl.int32)
-        d = tl.load(NEARER + tl.maximum(end - reach, 0), mask=d >= 0, other=-1)
-        start = tl.where(end - d <= reach + M, reach, end - d - M)
-        reach = tl.where(d < 0, reach, start + M)
-    tl.store(COUNT + row, count, mask=r < R)
-    tl.store(REACH + row, reach, mask=r < R)
-
-
-@triton.jit
-def outside_kernel(
-    COLUMNS, STARTS, COUNT, REACH, OUT, R, n, v, M, HALVINGS: tl.constexpr, BV: tl.constexpr
-):
-    """The columns of one row that lie before its reach and in none of its runs, packed."""
-    row = tl.program_id(1).to(tl.int64) * R + tl.program_id(0)
-    STARTS += row * n
-    OUT += row * v
-    COLUMNS += tl.program_id(1).to(tl.int64) * v
-    count, reach = tl.load(COUNT + row), tl.load(REACH + row)
-    done = 0
-    for i in range(0, v, BV):
-        j = i + tl.arange(0, BV)
-        x = tl.load(COLUMNS + j, mask=j < v, other=-1)
-        low = tl.zeros([BV], tl.int32)  # the runs that start at x or before
-        high = low + count
-        for _ in range(HALVINGS):
-            middle = (low + high) // 2
-            open_ = low < high
-            after = tl.load(STARTS + middle, mask=open_, other=0) <= x
-            low = tl.where(open_ & after, middle + 1, low)
-            high = tl.where(open_ & ~after, middle, high)
-        begin = tl.load(STARTS + tl.maximum(low - 1, 0), mask=low > 0, other=-M)
-        single = (x >= 0) & (x < reach) & (x - begin >= M)
-        kept = single.to(tl.int32)
-        tl.store(OUT + done + tl.cumsum(kept, 0) - kept, x, mask=single)
-        done += tl.sum(kept, 0)
-
-
-def runs(nearer, distances, T, S, size):
-    """As :func:`subquad.policies.parts.lines.blocks` finds them from ``nearer [B,H,most+1]``: the
-    starts ``[B,H,R,n]``, and the count and the end of each row's runs, ``[B,H,R]``."""
-    B, H = nearer.shape[:2]
-    first, last = (S - T) // size, triton.cdiv(S, size)
-    R, n = last - first, min(last, distances)  # each run spends a distance
-    nearer = nearer.to(torch.int32).contiguous()
-    count, reach = (nearer.new_empty(B, H, R) for _ in range(2))
-    starts = nearer.new_full((B, H, R, n), -1)
-    run_kernel[(triton.cdiv(R, 32), B * H)](
-        nearer, starts, count, reach, R, n, first, nearer.shape[2] - 1, S, size, BR=32, num_warps=1
-    )
-    return starts, count, reach
-
-
-def outside(columns, starts, count, reach, size):
-    """The ``columns [B,H,v]`` before ``reach [B,H,R]`` and in none of the runs: ``[B,H,R,v]``, -1
-    at the end."""
-    (B, H, R, n), v = starts.shape, columns.shape[2]
-    out = starts.new_full((B, H, R, v), -1)
-    outside_kernel[(R, B * H)](
-        columns.to(torch.int32).contiguous(), starts, count, reach, out, R, n, v, size,
-        HALVINGS=n.bit_length(), BV=min(1024, triton.next_power_of_2(v)), num_warps=4,
-    )  # fmt: skip
-    return out
 
 
 def block_mass(q, k, size, rows, reduce, causal, scale, offset):

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad import mask as masks
+from subquad.mask.data import Blocks, Spans
+from subquad.mask.table import Table
 from subquad.ops.attention import attention
 from subquad.ops.attention.token import token
 from subquad.ops.backend import interpreted
@@ -24,7 +26,13 @@ COPIED = 1 << 22  # elements of keys copied at once
 
 
 def attend(
-    call: Call, starts: Tensor, size: int, rows: int, columns: Tensor | None = None
+    call: Call,
+    starts: Tensor,
+    size: int,
+    rows: int,
+    columns: Tensor | None = None,
+    *,
+    unit: int = 1,
 ) -> Tensor:
     """Attend to the chosen keys that a token may see (none after it, none outside the model's own
     window), and count the pairs.
@@ -35,20 +43,25 @@ def attend(
             one of the first query's position.
         size: keys in a span; rows: queries in a row.
         columns: int ``[B,N,R,c]``, single keys, none of them in a span of its row; -1 for none.
+        unit: keys in a step of ``starts``: ``size`` where these number blocks.
 
     Returns:
         ``o [B,T,H,V]``.
     """
-    if call.tally is not None:
-        share = call.site.heads // starts.shape[1]
-        for _, _, _, keep in _pieces(call, starts, size, rows, columns):
-            call.count(keep.sum() * share)
-    if call.q.shape[1] == 1:
-        return _alone(call, starts[:, :, 0], size, None if columns is None else columns[:, :, 0])
+    T, asked, window = call.q.shape[1], call.tally is not None, call.site.window
     kernels = (call.q.is_cuda or interpreted()) and call.q.dtype != torch.float64
-    if kernels and call.site.window is None:
-        return _kernels(call, starts, size, rows, columns)
-    return _gathered(call, starts, size, rows, columns)
+    if kernels and T > 1 and window is None and not asked:
+        return _kernels(call, starts, size, rows, columns, unit)
+    first = starts if unit == 1 else torch.where(starts < 0, -1, starts * unit)
+    if asked:
+        share = call.site.heads // starts.shape[1]
+        for _, _, _, keep in _pieces(call, first, size, rows, columns):
+            call.count(keep.sum() * share)
+    if T == 1:
+        return _alone(call, first[:, :, 0], size, None if columns is None else columns[:, :, 0])
+    if kernels and window is None:
+        return _kernels(call, starts, size, rows, columns, unit)
+    return _gathered(call, first, size, rows, columns)
 
 
 def _alone(call: Call, starts: Tensor, size: int, columns: Tensor | None) -> Tensor:
@@ -64,19 +77,21 @@ def _alone(call: Call, starts: Tensor, size: int, columns: Tensor | None) -> Ten
     )  # fmt: skip
 
 
-def _kernels(call: Call, starts: Tensor, size: int, rows: int, columns: Tensor | None) -> Tensor:
+def _kernels(
+    call: Call, starts: Tensor, size: int, rows: int, columns: Tensor | None, unit: int
+) -> Tensor:
     """By the block-sparse kernels, which read the lists where they are."""
     T, S = call.q.shape[1], call.layer.keys.shape[1]
     before = (S - T) // rows
     if before:
         starts = F.pad(starts, (0, 0, before, 0), value=-1)
         columns = columns if columns is None else F.pad(columns, (0, 0, before, 0), value=-1)
-    if columns is not None:
-        m = masks.spans(starts, columns, size, rows)
-    elif call.layer.starts is None:
-        m = masks.blocks(starts // size, size, rows)
+    chosen = Table(starts, copy=False)
+    if unit == size and columns is None:
+        m: masks.Mask = Blocks(chosen, size, rows)
     else:
-        m = masks.spans(starts, starts[..., :0], size, rows)
+        single = starts[..., :0] if columns is None else columns
+        m = Spans(chosen, Table(single, copy=False), size, rows)
     k, v = call.layer.keys, call.layer.values
     return attention(call.q, k, v, masks.causal() & m, scale=call.scale)
 

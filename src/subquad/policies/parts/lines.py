@@ -16,34 +16,41 @@ HELD = 1 << 24  # elements of an estimate held at once
 STEPS = 16  # blocks between two looks at whether any row still has one to add
 
 
-def last_rows(
-    q: Tensor, k: Tensor, scale: float, window: int | None = None
-) -> tuple[Tensor, Tensor]:
+def last_rows(q: Tensor, k: Tensor, scale: float, window: int | None = None) -> Tensor:
     """How much the last queries attend to each key, and to each distance.
 
     Args:
         q: ``[B,L,H,K]``, the queries of the last L of the keys ``k [B,S,G,K]``.
 
     Returns:
-        float32 ``[B,H,S]`` twice: the probabilities summed over the queries by key, and by distance
+        float32 ``[2,B,H,S]``: the probabilities summed over the queries by key, and by distance
         (query position - key position). Far distances are seen by fewer queries.
     """
+    if by_kernels(q):
+        from subquad.ops.select import triton_lines
+
+        return triton_lines.last_rows(q, k, scale, window)
     (B, L, H, _), (S, G) = q.shape, k.shape[1:3]
     query, key = torch.arange(S - L, S, device=q.device)[:, None], torch.arange(S, device=q.device)
     hidden = key > query
     if window is not None:
         hidden = hidden | (key <= query - window)
-    by_key, by_distance = (q.new_empty(B, H, S, dtype=torch.float32) for _ in range(2))
-    step = max(1, HELD * (1 + 15 * q.is_cuda) // (L * S))  # launches are what costs a GPU's time
+    sums = q.new_empty(2, B, H, S, dtype=torch.float32)
+    step = max(1, HELD * (1 + 15 * q.is_cuda) // (L * S))
     for b in range(B):
         for h in range(0, H, step):
             heads = torch.arange(h, min(h + step, H), device=q.device)
             keys = k[b, :, heads * G // H].transpose(0, 1)
             scores = q[b, :, heads].transpose(0, 1).float() @ keys.float().transpose(1, 2)
             p = (scale * scores).masked_fill_(hidden, -torch.inf).softmax(-1)
-            by_key[b, heads] = p.sum(1)
-            by_distance[b, heads] = _diagonals(p)
-    return by_key, by_distance
+            sums[0, b, heads], sums[1, b, heads] = p.sum(1), _diagonals(p)
+    return sums
+
+
+def by_kernels(q: Tensor) -> bool:
+    """Whether kernels choose for the queries ``q [B,T,H,K]``: they know no float64."""
+    fits = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[3] <= 256
+    return fits and q.numel() > 0 and (q.is_cuda or interpreted())
 
 
 def _diagonals(p: Tensor) -> Tensor:
@@ -56,10 +63,10 @@ def _diagonals(p: Tensor) -> Tensor:
 
 def top(score: Tensor, n: int, forced: int) -> Tensor:
     """The places of the n largest of ``score [B,H,S]``, rising; the first ``forced`` before all,
-    and of more than n of these the first n (distance 0 among them: no query is left without)."""
-    score = score.clone()
-    score[..., : min(forced, n)] = torch.inf
-    return score.topk(min(n, score.shape[-1]), -1).indices.sort(-1).values
+    and of more than n of these the first n (distance 0 among them: no query is left without).
+    Their scores are overwritten."""
+    score[..., : min(forced, n)].fill_(torch.inf)
+    return score.topk(min(n, score.shape[-1]), -1, sorted=False).indices.sort(-1).values
 
 
 def blocks(columns: Tensor, distances: Tensor, T: int, S: int, M: int) -> tuple[Tensor, Tensor]:
@@ -77,16 +84,13 @@ def blocks(columns: Tensor, distances: Tensor, T: int, S: int, M: int) -> tuple[
         The first keys of the blocks ``[B,H,R,n]``, rising by M or more, and the single columns
         ``[B,H,R,c]``, rising; -1 at the end of shorter rows. R rows from the one of query 0 on.
     """
-    first, last = (S - T) // M, -(-S // M)
-    end = M * torch.arange(first + 1, last + 1, device=columns.device).expand(
-        *columns.shape[:2], -1
-    )
-    nearer = _nearer(distances, M * last)
     if columns.is_cuda or interpreted():
-        from subquad.ops.select import triton
+        from subquad.ops.select import triton_lines
 
-        starts, count, reach = triton.runs(nearer, distances.shape[-1], T, S, M)
-        return starts, triton.outside(columns, starts, count, reach, M)
+        return triton_lines.blocks(columns, distances, T, S, M)
+    first, last = (S - T) // M, -(-S // M)
+    end = M * torch.arange(first + 1, last + 1).expand(*columns.shape[:2], -1)
+    nearer = _nearer(distances, M * last)
     d = nearer.gather(-1, end)
     reach = torch.where(d < 0, 0, (end - d).clamp_min(M))
     found = [torch.where(d < 0, -1, reach - M)]

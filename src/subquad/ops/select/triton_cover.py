@@ -1,0 +1,164 @@
+"""FlexPrefill's choice by kernels: as many columns and diagonals, in blocks, as cover a share.
+
+Legend: B batch, H query heads, S keys; b tokens in a block, n blocks of keys, R rows of queries.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad.ops.kernel import Kernel, on_device
+
+
+@triton.jit
+def _covered(X, S, target, BS: tl.constexpr):
+    """How many of the largest of X ``[S]`` (>= 0) sum up to at most ``target``."""
+    i = tl.arange(0, BS)
+    largest = tl.full([BS], 0, tl.int32)
+    for start in range(0, S, BS):
+        x = tl.load(X + start + i, mask=start + i < S, other=0.0)
+        largest = tl.maximum(largest, x.to(tl.int32, bitcast=True))
+    # The least bound, in the order of the floats, above which no more than that lies. A round keeps
+    # one quarter of what it may be.
+    low, high = tl.full([], -1, tl.int64), tl.max(largest, 0).to(tl.int64)
+    while low < high:
+        a = low + (high - low) // 4
+        b = low + (high - low) // 2
+        c = low + 3 * (high - low) // 4
+        over_a = tl.zeros([BS], tl.float32)
+        over_b = tl.zeros([BS], tl.float32)
+        over_c = tl.zeros([BS], tl.float32)
+        for start in range(0, S, BS):
+            x = tl.load(X + start + i, mask=start + i < S, other=0.0)
+            bits = x.to(tl.int32, bitcast=True)
+            over_a += tl.where(bits > a.to(tl.int32), x, 0.0)
+            over_b += tl.where(bits > b.to(tl.int32), x, 0.0)
+            over_c += tl.where(bits > c.to(tl.int32), x, 0.0)
+        fits_a = tl.sum(over_a, 0) <= target
+        fits_b = tl.sum(over_b, 0) <= target
+        fits_c = tl.sum(over_c, 0) <= target
+        low = tl.where(fits_a, low, tl.where(fits_b, a + 1, tl.where(fits_c, b + 1, c + 1)))
+        high = tl.where(fits_a, a, tl.where(fits_b, b, tl.where(fits_c, c, high)))
+    bound = low.to(tl.int32)
+    over = tl.zeros([BS], tl.float32)
+    more = tl.full([BS], 0, tl.int32)
+    ties = tl.full([BS], 0, tl.int32)
+    for start in range(0, S, BS):
+        there = start + i < S
+        x = tl.load(X + start + i, mask=there, other=0.0)
+        bits = x.to(tl.int32, bitcast=True)
+        over += tl.where(bits > bound, x, 0.0)
+        more += (there & (bits > bound)).to(tl.int32)
+        ties += (there & (bits == bound)).to(tl.int32)
+    each = tl.where(bound > 0, bound, 1).to(tl.float32, bitcast=True)
+    # Of those equal to it as many as fit.
+    fit = tl.minimum((target - tl.sum(over, 0)) / each, tl.sum(ties, 0).to(tl.float32))
+    return tl.sum(more, 0) + tl.where(bound > 0, fit.to(tl.int32), 0)
+
+
+@partial(Kernel, sizes=("S", "n", "b", "unit", "least", "most"))
+def cover_kernel(
+    SUMS, AWARE, BLOCKS, TAKEN, target, S, n, b, unit, least, most,
+    BS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """TAKEN ``[2,B,H,n]``: of SUMS ``[2,B,H,S]`` by key and by distance the best blocks, as many as
+    cover ``target``; distances in blocks that end as the keys do."""
+    by_distance, plane = tl.program_id(1), tl.program_id(0)
+    own = (by_distance * tl.num_programs(0) + plane).to(tl.int64)
+    SUMS += own * S
+    BLOCKS += own * n
+    count = (_covered(SUMS, S, target, BS) + 1) // unit + 1
+    count = tl.minimum(tl.maximum(count, least), most)
+    if AWARE is not None:
+        count = tl.where(tl.load(AWARE + plane) != 0, least, count)
+    first = tl.where(by_distance != 0, S - n * b, 0)  # of block 0, which may begin before 0
+    for start in range(0, n, BB):
+        block = start + tl.arange(0, BB)
+        total = tl.zeros([BB], tl.float32)
+        for w in range(0, b, BW):
+            at = first + block[:, None] * b + w + tl.arange(0, BW)[None, :]
+            there = (block < n)[:, None] & (w + tl.arange(0, BW) < b)[None, :]
+            there = there & (at >= 0) & (at < S)
+            total += tl.sum(tl.load(SUMS + at, mask=there, other=0.0), 1)
+        tl.store(BLOCKS + block, total, mask=block < n)
+    tl.debug_barrier()
+    i = tl.arange(0, BN)
+    # The first block, and the nearest, before all others.
+    score = tl.load(BLOCKS + i, mask=i < n, other=0.0)
+    x = tl.where(i == 0, 2147483647, score.to(tl.int32, bitcast=True))
+    x = tl.where(i < n, x, -1)
+    found = tl.minimum(tl.maximum(count, 1), n)
+    low, high = tl.full([], 0, tl.int64), tl.full([], 2147483647, tl.int64)
+    while low < high:
+        middle = (low + high + 1) // 2
+        reach = tl.sum((x >= middle.to(tl.int32)).to(tl.int32), 0)
+        low = tl.where(reach >= found, middle, low)
+        high = tl.where(reach > found, high, tl.where(reach == found, middle, middle - 1))
+    bound = low.to(tl.int32)
+    more, ties = (x > bound).to(tl.int32), (x == bound).to(tl.int32)
+    before = tl.cumsum(ties, 0) - ties
+    taken = (more > 0) | ((ties > 0) & (before < found - tl.sum(more, 0)))
+    tl.store(TAKEN + own * n + i, taken.to(tl.int8), mask=i < n)
+
+
+@partial(Kernel, sizes=("R", "n", "first", "width"))
+def union_kernel(TAKEN, MORE, OUT, R, n, first, width, BN: tl.constexpr):
+    """The blocks of one row: columns, diagonals, and MORE ``[B,H,R,n]``; rising, then -1."""
+    c, m = tl.arange(0, BN), first + tl.program_id(0)
+    plane = tl.program_id(1).to(tl.int64)
+    planes = tl.num_programs(1).to(tl.int64)
+    there = c <= m
+    keep = tl.load(TAKEN + plane * n + c, mask=there, other=0)
+    keep = keep | tl.load(TAKEN + (planes + plane) * n + m - c, mask=there, other=0)
+    row = plane * R + tl.program_id(0)
+    if MORE is not None:
+        keep = keep | tl.load(MORE + row * n + c, mask=there, other=0).to(tl.int8)
+    kept = keep.to(tl.int32)
+    count = tl.sum(kept, 0)
+    OUT += row * width
+    tl.store(OUT + tl.cumsum(kept, 0) - kept, c, mask=kept > 0)
+    for start in range(0, width, BN):
+        at = start + c
+        tl.store(OUT + at, -1, mask=(at >= count) & (at < width))
+
+
+def cover(
+    sums: Tensor, aware: Tensor | None, target: float, b: int, unit: int, least: int, most: int
+) -> Tensor:
+    """The best blocks of ``b`` keys or distances of ``sums [2,B,H,S]``: int8 ``[2,B,H,n]``.
+
+    Args:
+        aware: bool ``[B,H]``, heads that take ``least`` of either.
+        target: sum to cover; ``unit`` covered tokens ask for one block.
+    """
+    _, B, H, S = sums.shape
+    n = triton.cdiv(S, b)
+    blocks = torch.empty(2, B, H, n, dtype=torch.float32, device=sums.device)
+    taken = torch.empty(2, B, H, n, dtype=torch.int8, device=sums.device)
+    BW = min(triton.next_power_of_2(b), 256)
+    with on_device(sums):
+        cover_kernel.launch(
+            (B * H, 2), (sums, aware, blocks, taken), target, S, n, b, unit, least, most,
+            BS=min(8192, max(16, triton.next_power_of_2(S))), BB=max(1, 8192 // BW), BW=BW,
+            BN=max(16, triton.next_power_of_2(n)), num_warps=16,
+        )  # fmt: skip
+    return taken
+
+
+def union(taken: Tensor, more: Tensor | None, R: int, width: int) -> Tensor:
+    """The lists of the last R rows, of blocks ``taken [2,B,H,n]`` by key and by distance and of
+    ``more``, bool ``[B,H,R,n]``: int32 ``[B,H,R,width]``, rising, -1 at the end."""
+    _, B, H, n = taken.shape
+    out = torch.empty(B, H, R, width, dtype=torch.int32, device=taken.device)
+    BN = max(16, triton.next_power_of_2(n))
+    with on_device(taken):
+        union_kernel.launch(
+            (R, B * H), (taken, more, out), R, n, n - R, width, BN=BN,
+            num_warps=max(1, min(16, BN // 512)),
+        )  # fmt: skip
+    return out

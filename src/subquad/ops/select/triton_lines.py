@@ -1,0 +1,230 @@
+"""Columns and diagonals by kernels, as :mod:`subquad.policies.parts.lines` defines them.
+
+Legend: B batch, L last queries, S keys, H query heads, G key heads, K head dim; M keys in a run;
+R rows of queries, n runs and v columns in a list.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subquad.ops.kernel import Kernel, on_device
+
+LOG2E = tl.constexpr(1.4426950408889634)
+PARTS = 32  # of the keys, in which the softmax's sums are found
+ALL = 1 << 30
+
+
+@triton.jit
+def _queries(Q, l, L, stride, K: tl.constexpr, BK: tl.constexpr):
+    d = tl.arange(0, BK)
+    there = (l < L)[:, None] & (d < K)[None, :]
+    return tl.load(Q + l.to(tl.int64)[:, None] * stride + d[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def _scores(
+    q, KEYS, j, l, L, S, window, stride, scale, K: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores ``[len(l),len(j)]`` in base 2 of queries l with keys j, -inf where unseen."""
+    d = tl.arange(0, BK)
+    there = (j >= 0) & (j < S)
+    at = KEYS + j.to(tl.int64)[None, :] * stride + d[:, None]
+    k = tl.load(at, mask=there[None, :] & (d < K)[:, None], other=0.0)
+    s = tl.dot(q, k, input_precision=PRECISION) * scale
+    distance = (S - L + l)[:, None] - j[None, :]
+    seen = there[None, :] & (distance >= 0) & (distance < window)
+    return tl.where(seen, s, float("-inf"))
+
+
+@partial(Kernel, sizes=("L", "S", "window", "each", "H", "G"))
+def part_kernel(
+    Q, KEYS, TOP, TOTAL, scale, L, S, window, each, H, G, sqb, sqt, sqh, skb, skt, skh,
+    K: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """TOP and TOTAL ``[B,H,L,parts]``: the largest score in each part of ``each`` keys, and the sum
+    of 2**(score - it)."""
+    part, b, h = tl.program_id(0), tl.program_id(2) // H, tl.program_id(2) % H
+    l = tl.program_id(1) * BL + tl.arange(0, BL)
+    q = _queries(Q + b.to(tl.int64) * sqb + h * sqh, l, L, sqt, K, BK)
+    KEYS += b.to(tl.int64) * skb + h // (H // G) * skh
+    top = tl.full([BL], float("-inf"), tl.float32)
+    total = tl.zeros([BL], tl.float32)
+    for first in range(part * each, tl.minimum(part * each + each, S), BN):
+        j = first + tl.arange(0, BN)
+        s = _scores(q, KEYS, j, l, L, S, window, skt, scale * LOG2E, K, BK, PRECISION)
+        new = tl.maximum(top, tl.max(s, 1))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
+        top = new
+    at = (tl.program_id(2).to(tl.int64) * L + l) * tl.num_programs(0) + part
+    tl.store(TOP + at, top, mask=l < L)
+    tl.store(TOTAL + at, total, mask=l < L)
+
+
+@partial(Kernel, sizes=("L", "S", "window", "H", "G"))
+def last_kernel(
+    Q, KEYS, TOP, TOTAL, BY_KEY, BY_DISTANCE, scale, L, S, window, H, G,
+    sqb, sqt, sqh, skb, skt, skh,
+    K: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums of BN keys and of BN distances, both ``[B,H,S]``."""
+    b, h = tl.program_id(1) // H, tl.program_id(1) % H
+    Q += b.to(tl.int64) * sqb + h * sqh
+    KEYS += b.to(tl.int64) * skb + h // (H // G) * skh
+    x, i = tl.arange(0, BN), tl.arange(0, BL)
+    place = tl.program_id(0) * BN + x
+    by_key = tl.zeros([BN], tl.float32)
+    by_distance = tl.zeros([BN], tl.float32)
+    for first in range(0, L, BL):
+        l = first + i
+        at = (tl.program_id(1).to(tl.int64) * L + l)[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+        tops = tl.load(TOP + at, mask=(l < L)[:, None], other=0.0)
+        totals = tl.load(TOTAL + at, mask=(l < L)[:, None], other=1.0)
+        top = tl.max(tops, 1)
+        lse = top + tl.log2(tl.sum(totals * tl.exp2(tops - top[:, None]), 1))
+        lse = tl.where(l < L, lse, float("inf"))
+        q = _queries(Q, l, L, sqt, K, BK)
+        s = _scores(q, KEYS, place, l, L, S, window, skt, scale * LOG2E, K, BK, PRECISION)
+        by_key += tl.sum(tl.exp2(s - lse[:, None]), 0)
+        # The keys at these distances from any of the queries; row i has its own from i on.
+        j = S - L + first - tl.program_id(0) * BN - (BN - 1) + tl.arange(0, BN + BL)
+        s = _scores(q, KEYS, j, l, L, S, window, skt, scale * LOG2E, K, BK, PRECISION)
+        own = i[:, None] + BN - 1 - x[None, :]
+        by_distance += tl.sum(tl.gather(tl.exp2(s - lse[:, None]), own, 1), 0)
+    to = tl.program_id(1).to(tl.int64) * S + place
+    tl.store(BY_KEY + to, by_key, mask=place < S)
+    tl.store(BY_DISTANCE + to, by_distance, mask=place < S)
+
+
+def last_rows(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
+    """As :func:`subquad.policies.parts.lines.last_rows`."""
+    (B, L, H, K), (S, G) = q.shape, k.shape[1:3]
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    sums = torch.empty(2, B, H, S, dtype=torch.float32, device=q.device)
+    parts = torch.empty(2, B, H, L, PARTS, dtype=torch.float32, device=q.device)
+    wide = 64 if q.dtype.itemsize == 2 and K <= 128 else 32
+    each = triton.cdiv(triton.cdiv(S, PARTS), wide) * wide
+    numbers = (H, G, *q.stride()[:3], *k.stride()[:3])
+    common = {
+        "K": K, "BK": max(16, triton.next_power_of_2(K)), "BL": wide, "BN": wide,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32", "num_warps": 4,
+    }  # fmt: skip
+    window = ALL if window is None else window
+    with on_device(q):
+        part_kernel.launch(
+            (PARTS, triton.cdiv(L, wide), B * H), (q, k, parts[0], parts[1]),
+            scale, L, S, window, each, *numbers, **common, num_stages=3,
+        )  # fmt: skip
+        last_kernel.launch(
+            (triton.cdiv(S, wide), B * H), (q, k, parts[0], parts[1], sums[0], sums[1]),
+            scale, L, S, window, *numbers, PARTS=PARTS, **{**common, "num_warps": 8}, num_stages=1,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def _before(LIST, x, count, HALVINGS: tl.constexpr):
+    """How many of the ``count`` rising entries (then -1) of a list lie before each of x."""
+    low = tl.zeros_like(x)
+    high = low + count
+    for _ in range(HALVINGS):
+        middle = (low + high) // 2
+        open_ = low < high
+        own = tl.load(LIST + middle, mask=open_, other=-1).to(tl.int32)
+        after = (own >= 0) & (own < x)
+        low = tl.where(open_ & after, middle + 1, low)
+        high = tl.where(open_ & ~after, middle, high)
+    return low
+
+
+@partial(Kernel, sizes=("most", "s"))
+def near_kernel(DISTANCES, NEARER, most, s, HALVINGS: tl.constexpr, BX: tl.constexpr):
+    """NEARER ``[B,H,most+1]``: the largest of the distances ``[B,H,s]`` below each x, or -1."""
+    x = tl.program_id(0) * BX + tl.arange(0, BX)
+    DISTANCES += tl.program_id(1).to(tl.int64) * s
+    low = _before(DISTANCES, x, s, HALVINGS)
+    d = tl.load(DISTANCES + low - 1, mask=low > 0, other=-1).to(tl.int32)
+    tl.store(NEARER + tl.program_id(1).to(tl.int64) * (most + 1) + x, d, mask=x <= most)
+
+
+@partial(Kernel, sizes=("R", "n", "first", "most", "S", "M"))
+def run_kernel(NEARER, STARTS, COUNT, REACH, R, n, first, most, S, M, BR: tl.constexpr):
+    """Walks the distances of BR rows from far to near: the runs of M keys that they need. Rows that
+    are done wait for the others."""
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    row = tl.program_id(1).to(tl.int64) * R + r
+    NEARER += tl.program_id(1).to(tl.int64) * (most + 1)
+    end = M * (first + 1 + r)
+    d = tl.load(NEARER + end, mask=r < R, other=-1)
+    reach = tl.where(d < 0, 0, tl.maximum(end - d, M))
+    start = reach - M
+    count = tl.zeros([BR], tl.int32)
+    while tl.max(d, 0) >= 0:
+        there = (d >= 0) & (start < S)
+        tl.store(STARTS + row * n + count, start, mask=there)
+        count += there.to(tl.int32)
+        d = tl.load(NEARER + tl.maximum(end - reach, 0), mask=d >= 0, other=-1)
+        start = tl.where(end - d <= reach + M, reach, end - d - M)
+        reach = tl.where(d < 0, reach, start + M)
+    tl.store(COUNT + row, count, mask=r < R)
+    tl.store(REACH + row, reach, mask=r < R)
+
+
+@partial(Kernel, sizes=("R", "n", "v", "M"))
+def outside_kernel(
+    COLUMNS, STARTS, COUNT, REACH, OUT, R, n, v, M, HALVINGS: tl.constexpr, BV: tl.constexpr
+):
+    """The columns of one row that lie before its reach and in none of its runs, packed, then -1."""
+    row = tl.program_id(1).to(tl.int64) * R + tl.program_id(0)
+    STARTS += row * n
+    OUT += row * v
+    COLUMNS += tl.program_id(1).to(tl.int64) * v
+    count, reach = tl.load(COUNT + row), tl.load(REACH + row)
+    done = 0
+    for i in range(0, v, BV):
+        j = i + tl.arange(0, BV)
+        x = tl.load(COLUMNS + j, mask=j < v, other=-1).to(tl.int32)
+        low = _before(STARTS, x + 1, count, HALVINGS)  # the runs that start at x or before
+        begin = tl.load(STARTS + tl.maximum(low - 1, 0), mask=low > 0, other=-M)
+        single = (x >= 0) & (x < reach) & (x - begin >= M)
+        kept = single.to(tl.int32)
+        tl.store(OUT + done + tl.cumsum(kept, 0) - kept, x, mask=single)
+        done += tl.sum(kept, 0)
+    for i in range(done, v, BV):
+        tl.store(OUT + i + tl.arange(0, BV), -1, mask=i + tl.arange(0, BV) < v)
+
+
+def blocks(columns: Tensor, distances: Tensor, T: int, S: int, size: int) -> tuple[Tensor, Tensor]:
+    """As :func:`subquad.policies.parts.lines.blocks`, int32, the lists as wide as any could be."""
+    (B, H, v), s = columns.shape, distances.shape[2]
+    columns, distances = columns.contiguous(), distances.contiguous()
+    first, last = (S - T) // size, triton.cdiv(S, size)
+    R, n = last - first, min(last, s)  # each run spends a distance
+    most = size * last
+    nearer = torch.empty(B, H, most + 1, dtype=torch.int32, device=columns.device)
+    count, reach = (nearer.new_empty(B, H, R) for _ in range(2))
+    starts = nearer.new_full((B, H, R, n), -1)
+    single = nearer.new_empty(B, H, R, v)
+    with on_device(columns):
+        near_kernel.launch(
+            (triton.cdiv(most + 1, 1024), B * H), (distances, nearer), most, s,
+            HALVINGS=s.bit_length(), BX=1024, num_warps=4,
+        )  # fmt: skip
+        run_kernel.launch(
+            (triton.cdiv(R, 32), B * H), (nearer, starts, count, reach), R, n, first, most, S, size,
+            BR=32, num_warps=1,
+        )  # fmt: skip
+        outside_kernel.launch(
+            (R, B * H), (columns, starts, count, reach, single), R, n, v, size,
+            HALVINGS=n.bit_length(), BV=min(1024, triton.next_power_of_2(v)), num_warps=4,
+        )  # fmt: skip
+    return starts, single
