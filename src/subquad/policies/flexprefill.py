@@ -94,29 +94,32 @@ class FlexPrefill(Policy):
         sums = lines.last_rows(last, k, scale, window)
         least = math.ceil(self.min_budget / b)
         most = n if self.max_budget is None else min(math.ceil(self.max_budget / b), n)
-        aware, more = None, None
-        if self.tau > 0:
-            pooled_k, m = _means(k, 0, b), torch.arange(first, n, device=q.device)[:, None]
-            aware = self._query_aware(last, pooled_k, _summed(sums[0] / last.shape[1], b), scale)
-            if bool(aware.any()):
-                pooled_q = _means(q, S - T - first * b, b)
-                more = aware[..., None, None] & self._global(pooled_q, pooled_k, m, scale)
         if lines.by_kernels(q) and n <= MOST:
             from subquad.ops.select import triton_cover
 
+            aware, pairs, widest = None, None, min(2 * max(most, 1), n)
+            if self.tau > 0:
+                aware, means = triton_cover.query_aware(last, k, sums[0], b, scale, self.tau)
+                lead, widest = S - T - first * b, n
+                pairs = triton_cover.best_pairs(q, means, aware, b, lead, scale, self.gamma)
             target = self.gamma * last.shape[1]
             taken = triton_cover.cover(sums, aware, target, b, self.unit, least, most)
-            widest = n if self.tau > 0 else min(2 * max(most, 1), n)
-            return triton_cover.union(taken, more, n - first, widest)
-        return lines.trimmed(self._union(sums / last.shape[1], aware, more, n - first, least, most))
+            return triton_cover.union(taken, pairs, n - first, widest)
+        sums, more = sums / last.shape[1], None
+        pooled_k, m = _means(k, 0, b), torch.arange(first, n, device=q.device)[:, None]
+        aware = self._query_aware(last, pooled_k, _summed(sums[0], b), scale)
+        if self.tau > 0 and bool(aware.any()):
+            pooled_q = _means(q, S - T - first * b, b)
+            more = aware[..., None, None] & self._global(pooled_q, pooled_k, m, scale)
+        return lines.trimmed(self._union(sums, aware, more, n - first, least, most))
 
     def _union(
-        self, sums: Tensor, aware: Tensor | None, more: Tensor | None, R: int, least: int, most: int
+        self, sums: Tensor, aware: Tensor, more: Tensor | None, R: int, least: int, most: int
     ) -> Tensor:
         """The lists of R rows: the best columns and diagonals of ``sums [2,B,H,S]``, as many as
         cover ``gamma`` (where ``aware [B,H]`` the least number), and ``more [B,H,R,n]``."""
         count = (cover(sums, self.gamma) // self.unit + 1).clamp(least, most)
-        v, s = count if aware is None else torch.where(aware, least, count)
+        v, s = torch.where(aware, least, count)
         columns, diagonals = _summed(sums[0], self.block), _summed(sums[1].flip(-1), self.block)
         n = columns.shape[-1]
         vertical = _best(columns, v, 0)

@@ -18,22 +18,31 @@ from subquad.ops.kernel import Kernel, on_device
 
 @partial(Kernel, sizes=("T", "H", "lead", "size"))
 def mean_kernel(
-    X, OUT, T, H, lead, size, sxb, sxt, sxh,
-    K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
+    X, WANTED, OUT, T, H, lead, size, sxb, sxt, sxh,
+    K: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """OUT ``[B,n,H,K]``: a block's sum over its size; token 0 is at place ``lead`` of the first."""
+    """OUT ``[B,n,H,K]``: a block's sum over its size, or COUNTED over the tokens that it has; token
+    0 is at place ``lead`` of the first. Of heads that are not
+    WANTED (int8 ``[B,H]``, 0 or 1) nothing is read."""
     b, h = tl.program_id(1) // H, tl.program_id(1) % H
     d = tl.arange(0, BK)
     X += b.to(tl.int64) * sxb + h * sxh
     total = tl.zeros([BK], tl.float32)
-    for i in range(0, size, BT):
+    end = size
+    if WANTED is not None:
+        end = size * tl.load(WANTED + tl.program_id(1)).to(tl.int32)
+    for i in range(0, end, BT):
         place = i + tl.arange(0, BT)
         t = tl.program_id(0) * size - lead + place
         there = ((place < size) & (t >= 0) & (t < T))[:, None] & (d < K)[None, :]
         x = tl.load(X + t.to(tl.int64)[:, None] * sxt + d[None, :], mask=there, other=0.0)
         total += tl.sum(x.to(tl.float32), 0)
+    count = size
+    if COUNTED:
+        first = tl.program_id(0) * size - lead
+        count = tl.minimum(first + size, T) - tl.maximum(first, 0)
     to = ((b * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * H + h) * K
-    tl.store(OUT + to + d, (total / size).to(OUT.dtype.element_ty), mask=d < K)
+    tl.store(OUT + to + d, (total / count).to(OUT.dtype.element_ty), mask=d < K)
 
 
 @partial(Kernel, sizes=("R", "n", "first", "H", "G"))
@@ -106,18 +115,22 @@ def top_kernel(
         tl.store(OUT + start + i, -1, mask=(start + i >= found) & (start + i < k))
 
 
-def means(x: Tensor, size: int, lead: int) -> Tensor:
-    """As :func:`subquad.ops.select.pool.means`."""
+def means(
+    x: Tensor, size: int, lead: int, counted: bool = False, wanted: Tensor | None = None
+) -> Tensor:
+    """As :func:`subquad.ops.select.pool.means`; ``counted``, float32 over the tokens that there are
+    (of the heads ``wanted``, int8 ``[B,H]``; others' are not defined)."""
     B, T, H, K = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     n = triton.cdiv(lead + T, size)
-    out = torch.empty(B, n, H, K, dtype=x.dtype, device=x.device)
+    dtype = torch.float32 if counted else x.dtype
+    out = torch.empty(B, n, H, K, dtype=dtype, device=x.device)
     BK = triton.next_power_of_2(K)
     BT = min(triton.next_power_of_2(size), max(1, 16384 // BK))
     with on_device(x):
         mean_kernel.launch(
-            (n, B * H), (x, out), T, H, lead, size, *x.stride()[:3],
-            K=K, BK=BK, BT=BT, num_warps=4 if BT * BK >= 4096 else 1,
+            (n, B * H), (x, wanted, out), T, H, lead, size, *x.stride()[:3],
+            K=K, BK=BK, BT=BT, COUNTED=counted, num_warps=4 if BT * BK >= 4096 else 1,
         )  # fmt: skip
     return out
 

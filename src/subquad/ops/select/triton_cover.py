@@ -1,6 +1,7 @@
 """FlexPrefill's choice by kernels: as many columns and diagonals, in blocks, as cover a share.
 
-Legend: B batch, H query heads, S keys; b tokens in a block, n blocks of keys, R rows of queries.
+Legend: B batch, L last queries, S keys, H query heads, G key heads, K head dim; b tokens in a
+block, n blocks of keys, R rows of queries.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.ops.kernel import Kernel, on_device
+from subquad.ops.select import triton_best
 
 
 @triton.jit
 def _covered(X, S, target, BS: tl.constexpr):
-    """How many of the largest of X ``[S]`` (>= 0) sum up to at most ``target``."""
+    """The largest of X ``[S]`` (>= 0) that sum up to at most ``target``: the bits of a float above
+    which all do, how many these are, and how many of those equal to it do, too."""
     i = tl.arange(0, BS)
     largest = tl.full([BS], 0, tl.int32)
     for start in range(0, S, BS):
@@ -56,9 +59,8 @@ def _covered(X, S, target, BS: tl.constexpr):
         more += (there & (bits > bound)).to(tl.int32)
         ties += (there & (bits == bound)).to(tl.int32)
     each = tl.where(bound > 0, bound, 1).to(tl.float32, bitcast=True)
-    # Of those equal to it as many as fit.
     fit = tl.minimum((target - tl.sum(over, 0)) / each, tl.sum(ties, 0).to(tl.float32))
-    return tl.sum(more, 0) + tl.where(bound > 0, fit.to(tl.int32), 0)
+    return bound, tl.sum(more, 0), tl.where(bound > 0, fit.to(tl.int32), 0)
 
 
 @partial(Kernel, sizes=("S", "n", "b", "unit", "least", "most"))
@@ -72,7 +74,8 @@ def cover_kernel(
     own = (by_distance * tl.num_programs(0) + plane).to(tl.int64)
     SUMS += own * S
     BLOCKS += own * n
-    count = (_covered(SUMS, S, target, BS) + 1) // unit + 1
+    _, over, fit = _covered(SUMS, S, target, BS)
+    count = (over + fit + 1) // unit + 1
     count = tl.minimum(tl.maximum(count, least), most)
     if AWARE is not None:
         count = tl.where(tl.load(AWARE + plane) != 0, least, count)
@@ -106,9 +109,90 @@ def cover_kernel(
     tl.store(TAKEN + own * n + i, taken.to(tl.int8), mask=i < n)
 
 
+@partial(Kernel, sizes=("L", "S", "n", "b", "H", "G"))
+def aware_kernel(
+    Q, MEANS, SUMS, PARTS, AWARE, scale, tau, L, S, n, b, H, G, sqb, sqt, sqh,
+    K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """AWARE ``[B,H]``: whether the attention of the mean of L queries to MEANS ``[B,n,G,K]`` is
+    nearer than ``tau`` to that of the queries, SUMS ``[B,H,S]``, in blocks."""
+    plane = tl.program_id(0)
+    batch, h = plane // H, plane % H
+    d, w = tl.arange(0, BK), tl.arange(0, BW)
+    Q += batch.to(tl.int64) * sqb + h * sqh
+    q = tl.zeros([BK], tl.float32)
+    for i in range(0, L, BW):
+        there = (i + w < L)[:, None] & (d < K)[None, :]
+        q += tl.sum(tl.load(Q + (i + w)[:, None] * sqt + d[None, :], mask=there, other=0.0), 0)
+    q *= scale / L
+    MEANS += (batch.to(tl.int64) * n * G + h // (H // G)) * K
+    SUMS += plane.to(tl.int64) * S
+    PARTS += plane.to(tl.int64) * 2 * n
+    for start in range(0, n, BB):
+        block = start + tl.arange(0, BB)
+        at = MEANS + block[:, None] * (G * K) + d[None, :]
+        k = tl.load(at, mask=(block < n)[:, None] & (d < K)[None, :], other=0.0)
+        tl.store(PARTS + block, tl.sum(k * q[None, :], 1), mask=block < n)
+        total = tl.zeros([BB], tl.float32)
+        for i in range(0, b, BW):
+            key = block[:, None] * b + i + w[None, :]
+            there = (i + w < b)[None, :] & (key < S)
+            total += tl.sum(tl.load(SUMS + key, mask=there, other=0.0), 1)
+        tl.store(PARTS + n + block, total / L, mask=block < n)
+    tl.debug_barrier()
+    c = tl.arange(0, BN)
+    guess = tl.load(PARTS + c, mask=c < n, other=float("-inf"))
+    guess = tl.exp(guess - tl.max(guess, 0))
+    guess /= tl.sum(guess, 0)
+    truth = tl.load(PARTS + n + c, mask=c < n, other=0.0)
+    middle = tl.maximum((guess + truth) / 2, 1e-38)
+    apart = guess * tl.log(tl.maximum(guess / middle, 1e-38))  # 0 where guess is
+    apart += truth * tl.log(tl.maximum(truth / middle, 1e-38))
+    far = tl.sqrt(tl.maximum(tl.sum(apart, 0) / 2, 0.0))
+    tl.store(AWARE + plane, (far < tau).to(tl.int8))
+
+
+@partial(Kernel, sizes=("R", "n", "H", "G"))
+def mass_kernel(
+    Q, MEANS, AWARE, MASS, scale, R, n, H, G,
+    K: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """MASS ``[B,H,R,n]``: the attention of row r of Q ``[B,R,H,K]`` to MEANS ``[B,n,G,K]``, where
+    the head is aware."""
+    r, plane = tl.program_id(0), tl.program_id(1)
+    batch, h = plane // H, plane % H
+    if tl.load(AWARE + plane) != 0:
+        d, c = tl.arange(0, BK), tl.arange(0, BN)
+        q = tl.load(Q + ((batch * R + r).to(tl.int64) * H + h) * K + d, mask=d < K, other=0.0)
+        MEANS += (batch.to(tl.int64) * n * G + h // (H // G)) * K
+        MASS += (plane.to(tl.int64) * R + r) * n
+        last = n - R + r
+        for start in range(0, last + 1, BB):
+            block = start + tl.arange(0, BB)
+            at = MEANS + block[:, None] * (G * K) + d[None, :]
+            k = tl.load(at, mask=(block < n)[:, None] & (d < K)[None, :], other=0.0)
+            tl.store(MASS + block, tl.sum(k * q[None, :], 1) * scale, mask=block <= last)
+        tl.debug_barrier()
+        s = tl.load(MASS + c, mask=c <= last, other=float("-inf"))
+        w = tl.exp(s - tl.max(s, 0))
+        tl.store(MASS + c, w / tl.sum(w, 0), mask=c < n)
+
+
+@partial(Kernel, sizes=("size",))
+def bound_kernel(MASS, AWARE, BOUND, target, size, BS: tl.constexpr):
+    """BOUND ``[B,H]``: the bits of a float above which MASS ``[B,H,size]`` covers ``target``."""
+    plane = tl.program_id(0)
+    bound = 2147483647
+    if tl.load(AWARE + plane) != 0:
+        bound, _, fit = _covered(MASS + plane.to(tl.int64) * size, size, target, BS)
+        bound = tl.where(fit > 0, bound - 1, bound)  # of equal ones all
+    tl.store(BOUND + plane, bound)
+
+
 @partial(Kernel, sizes=("R", "n", "first", "width"))
-def union_kernel(TAKEN, MORE, OUT, R, n, first, width, BN: tl.constexpr):
-    """The blocks of one row: columns, diagonals, and MORE ``[B,H,R,n]``; rising, then -1."""
+def union_kernel(TAKEN, MASS, BOUND, OUT, R, n, first, width, BN: tl.constexpr):
+    """The blocks of one row: columns, diagonals and those of MASS ``[B,H,R,n]`` above its head's
+    BOUND; rising, then -1."""
     c, m = tl.arange(0, BN), first + tl.program_id(0)
     plane = tl.program_id(1).to(tl.int64)
     planes = tl.num_programs(1).to(tl.int64)
@@ -116,8 +200,10 @@ def union_kernel(TAKEN, MORE, OUT, R, n, first, width, BN: tl.constexpr):
     keep = tl.load(TAKEN + plane * n + c, mask=there, other=0)
     keep = keep | tl.load(TAKEN + (planes + plane) * n + m - c, mask=there, other=0)
     row = plane * R + tl.program_id(0)
-    if MORE is not None:
-        keep = keep | tl.load(MORE + row * n + c, mask=there, other=0).to(tl.int8)
+    if MASS is not None:
+        # No bits are above those of a head that is not aware, whose MASS nobody wrote.
+        mass = tl.load(MASS + row * n + c, mask=there, other=0.0).to(tl.int32, bitcast=True)
+        keep = keep | (there & (mass > tl.load(BOUND + plane))).to(tl.int8)
     kept = keep.to(tl.int32)
     count = tl.sum(kept, 0)
     OUT += row * width
@@ -133,7 +219,7 @@ def cover(
     """The best blocks of ``b`` keys or distances of ``sums [2,B,H,S]``: int8 ``[2,B,H,n]``.
 
     Args:
-        aware: bool ``[B,H]``, heads that take ``least`` of either.
+        aware: int8 ``[B,H]``, heads that take ``least`` of either.
         target: sum to cover; ``unit`` covered tokens ask for one block.
     """
     _, B, H, S = sums.shape
@@ -150,15 +236,60 @@ def cover(
     return taken
 
 
-def union(taken: Tensor, more: Tensor | None, R: int, width: int) -> Tensor:
-    """The lists of the last R rows, of blocks ``taken [2,B,H,n]`` by key and by distance and of
-    ``more``, bool ``[B,H,R,n]``: int32 ``[B,H,R,width]``, rising, -1 at the end."""
+def query_aware(
+    q: Tensor, k: Tensor, by_key: Tensor, b: int, scale: float, tau: float
+) -> tuple[Tensor, Tensor]:
+    """Heads whose attention from the mean of the last queries ``q [B,L,H,K]`` to the means of
+    blocks of ``k [B,S,G,K]`` is nearer than ``tau`` to their attention: int8 ``[B,H]``, and the
+    means, float32 ``[B,n,G,K]``."""
+    (B, L, H, K), (S, G) = q.shape, k.shape[1:3]
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    means = triton_best.means(k, b, 0, counted=True)
+    n = means.shape[1]
+    parts = torch.empty(B, H, 2, n, dtype=torch.float32, device=q.device)
+    aware = torch.empty(B, H, dtype=torch.int8, device=q.device)
+    with on_device(q):
+        aware_kernel.launch(
+            (B * H,), (q, means, by_key, parts, aware), scale, tau, L, S, n, b, H, G,
+            *q.stride()[:3], K=K, BK=triton.next_power_of_2(K), BB=32, BW=64,
+            BN=max(16, triton.next_power_of_2(n)), num_warps=8,
+        )  # fmt: skip
+    return aware, means
+
+
+def best_pairs(
+    q: Tensor, means: Tensor, aware: Tensor, b: int, lead: int, scale: float, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """The attention of blocks of ``q [B,T,H,K]`` (token 0 at place ``lead`` of its block) to blocks
+    of keys, by their means: float32 ``[B,H,R,n]``, and the bits of a float above which its entries
+    cover ``gamma`` of it, int32 ``[B,H]``; of heads that are ``aware``."""
+    (B, _, H, K), (n, G) = q.shape, means.shape[1:3]
+    queries = triton_best.means(q, b, lead, counted=True, wanted=aware)
+    R = queries.shape[1]
+    mass = torch.empty(B, H, R, n, dtype=torch.float32, device=q.device)
+    bound = torch.empty(B, H, dtype=torch.int32, device=q.device)
+    with on_device(q):
+        mass_kernel.launch(
+            (R, B * H), (queries, means, aware, mass), scale, R, n, H, G,
+            K=K, BK=triton.next_power_of_2(K), BB=64, BN=max(16, triton.next_power_of_2(n)),
+            num_warps=8,
+        )  # fmt: skip
+        bound_kernel.launch(
+            (B * H,), (mass, aware, bound), gamma * R, R * n,
+            BS=min(8192, max(16, triton.next_power_of_2(R * n))), num_warps=16,
+        )  # fmt: skip
+    return mass, bound
+
+
+def union(taken: Tensor, pairs: tuple[Tensor, Tensor] | None, R: int, width: int) -> Tensor:
+    """The lists of the last R rows, of blocks ``taken [2,B,H,n]`` by key and by distance and of the
+    best ``pairs``: int32 ``[B,H,R,width]``, rising, -1 at the end."""
     _, B, H, n = taken.shape
     out = torch.empty(B, H, R, width, dtype=torch.int32, device=taken.device)
     BN = max(16, triton.next_power_of_2(n))
     with on_device(taken):
         union_kernel.launch(
-            (R, B * H), (taken, more, out), R, n, n - R, width, BN=BN,
+            (R, B * H), (taken, *(pairs or (None, None)), out), R, n, n - R, width, BN=BN,
             num_warps=max(1, min(16, BN // 512)),
         )  # fmt: skip
     return out
