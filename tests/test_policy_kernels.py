@@ -55,6 +55,19 @@ def test_last_rows(L, S, window):
 
 
 @inside
+@pytest.mark.parametrize(("v", "s"), [(10, 12), (3, 70), (500, 1)])
+def test_best_lines(v, s):
+    """Many equal sums, more asked for than there are, forced ones among them and beyond."""
+    sums = torch.randint(0, 9, (2, 2, 3, 211), generator=torch.Generator().manual_seed(v)).float()
+    found = lines.best(sums, (v, 4), (s, 20))
+    for score, n, forced, own in zip(sums, (v, s), (4, 20), found, strict=True):
+        score = score.clone()
+        score[..., : min(forced, n)] = torch.inf
+        order = score.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+        assert torch.equal(own, order.sort(-1).values.int())
+
+
+@inside
 @pytest.mark.parametrize(("T", "S"), [(150, 150), (60, 170)])
 @pytest.mark.parametrize(
     ("name", "options"),

@@ -136,6 +136,21 @@ def test_last_rows_by_the_kernels(L, S, K, window, dtype):
     torch.testing.assert_close(found, want, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize(("S", "v", "s"), [(1000, 20, 700), (131_072, 3276, 362), (300, 301, 5)])
+def test_best_lines_by_the_kernel(S, v, s):
+    """Of equal sums the earlier."""
+    from subquad.policies.parts import lines
+
+    generator = torch.Generator().manual_seed(S)
+    sums = (torch.rand(2, 2, 3, S, generator=generator) ** 9 * 2000).round().cuda()
+    found = lines.best(sums, (v, 4), (s, 100))
+    for score, n, forced, own in zip(sums, (v, s), (4, 100), found, strict=True):
+        score = score.clone()
+        score[..., : min(forced, n)] = torch.inf
+        order = score.sort(dim=-1, descending=True, stable=True).indices[..., :n]
+        assert torch.equal(own, order.sort(-1).values.int())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", ["frontier", "minference"])
 @pytest.mark.parametrize(

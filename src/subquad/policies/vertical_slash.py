@@ -107,9 +107,7 @@ class VerticalSlash(Policy):
             int ``[B,H,v]`` and ``[B,H,s]``, rising.
         """
         own = self.settings
-        by_key, by_distance = lines.last_rows(q[:, -own.last_q :], k, scale, window)
-        least_v, least_s = own.least
-        return (
-            lines.top(by_key, max(self.vertical, least_v), own.sinks),
-            lines.top(by_distance, max(self.slash, least_s), own.local),
-        )
+        sums = lines.last_rows(q[:, -own.last_q :], k, scale, window)
+        (least_v, least_s), vertical, slash = own.least, self.vertical, self.slash
+        keys, distances = (max(vertical, least_v), own.sinks), (max(slash, least_s), own.local)
+        return lines.best(sums, keys, distances)

@@ -131,6 +131,71 @@ def last_rows(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
     return sums
 
 
+@partial(Kernel, sizes=("S", "n_keys", "n_distances", "sinks", "local"))
+def best_kernel(SUMS, KEYS, DISTANCES, S, n_keys, n_distances, sinks, local, BS: tl.constexpr):
+    """The best keys ``[B,H,n_keys]``, of which the first ``sinks`` are forced, and distances."""
+    plane, by_distance = tl.program_id(0), tl.program_id(1)
+    SUMS += (by_distance * tl.num_programs(0) + plane).to(tl.int64) * S
+    n = tl.where(by_distance != 0, n_distances, n_keys)
+    forced = tl.where(by_distance != 0, local, sinks)
+    i = tl.arange(0, BS)
+    # The largest bound that n reach, or any that n do exactly; floats >= 0 are in the order of
+    # their bits. A round keeps a quarter of what it may be, and its three counts are one sum.
+    low, high = tl.full([], 0, tl.int64), tl.full([], 2147483647, tl.int64)
+    while low < high:
+        a = low + (high - low + 3) // 4
+        b = low + (2 * (high - low) + 3) // 4
+        c = low + (3 * (high - low) + 3) // 4
+        reach = tl.zeros([BS], tl.int64)
+        for start in range(0, S, BS):
+            x = tl.load(SUMS + start + i, mask=start + i < S, other=-1.0)
+            bits = tl.where(start + i < forced, 2147483647, x.to(tl.int32, bitcast=True))
+            reach += (bits >= a.to(tl.int32)).to(tl.int64)
+            reach += (bits >= b.to(tl.int32)).to(tl.int64) << 21
+            reach += (bits >= c.to(tl.int32)).to(tl.int64) << 42
+        counts = tl.sum(reach, 0)
+        of_a, of_b, of_c = counts & 0x1FFFFF, (counts >> 21) & 0x1FFFFF, counts >> 42
+        in_a, in_b, in_c = of_a >= n, of_b >= n, of_c >= n
+        low = tl.where(in_c, c, tl.where(in_b, b, tl.where(in_a, a, low)))
+        high = tl.where(in_c, high, tl.where(in_b, c - 1, tl.where(in_a, b - 1, a - 1)))
+        high = tl.where((of_a == n) | (of_b == n) | (of_c == n), low, high)
+    bound = low.to(tl.int32)
+    more = tl.zeros([BS], tl.int32)
+    for start in range(0, S, BS):
+        x = tl.load(SUMS + start + i, mask=start + i < S, other=-1.0)
+        bits = tl.where(start + i < forced, 2147483647, x.to(tl.int32, bitcast=True))
+        more += (bits > bound).to(tl.int32)
+    missing = n - tl.sum(more, 0)
+    OUT = KEYS + plane.to(tl.int64) * n_keys
+    if by_distance != 0:
+        OUT = DISTANCES + plane.to(tl.int64) * n_distances
+    done, met = 0, 0
+    for start in range(0, S, BS):
+        x = tl.load(SUMS + start + i, mask=start + i < S, other=-1.0)
+        bits = tl.where(start + i < forced, 2147483647, x.to(tl.int32, bitcast=True))
+        # Of those equal to the bound the earlier ones, as many as are missing.
+        ties = ((bits == bound) & (start + i < S)).to(tl.int32)
+        before = met + tl.cumsum(ties, 0) - ties
+        keep = (bits > bound) | ((ties > 0) & (before < missing))
+        kept = keep.to(tl.int32)
+        tl.store(OUT + done + tl.cumsum(kept, 0) - kept, start + i, mask=keep)
+        done += tl.sum(kept, 0)
+        met += tl.sum(ties, 0)
+
+
+def best(sums: Tensor, keys: tuple[int, int], distances: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """As :func:`subquad.policies.parts.lines.best`, int32; of equals the earlier."""
+    _, B, H, S = sums.shape
+    (v, sinks), (s, local) = ((min(n, S), min(forced, n, S)) for n, forced in (keys, distances))
+    found = tuple(torch.empty(B, H, n, dtype=torch.int32, device=sums.device) for n in (v, s))
+    with on_device(sums):
+        best_kernel.launch(
+            (B * H, 2), (sums, *found), S, v, s, sinks, local,
+            BS=min(8192, max(16, triton.next_power_of_2(S))), num_warps=16,
+        )  # fmt: skip
+    return found
+
+
 @triton.jit
 def _before(LIST, x, count, HALVINGS: tl.constexpr):
     """How many of the ``count`` rising entries (then -1) of a list lie before each of x."""

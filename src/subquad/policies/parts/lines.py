@@ -13,6 +13,7 @@ from torch import Tensor
 from subquad.ops.backend import interpreted
 
 HELD = 1 << 24  # elements of an estimate held at once
+COUNTED = 1 << 21  # sums of which a kernel counts the best
 STEPS = 16  # blocks between two looks at whether any row still has one to add
 
 
@@ -59,6 +60,23 @@ def _diagonals(p: Tensor) -> Tensor:
     # Row i, written backwards and moved i to the right: equal distances stand in one column.
     moved = F.pad(p.flip(-1), (0, L)).flatten(1)[:, : L * (S + L - 1)].view(h, L, S + L - 1)
     return moved.sum(1)[:, L - 1 :]
+
+
+def best(sums: Tensor, keys: tuple[int, int], distances: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The best keys and distances by ``sums [2,B,H,S]``, which are overwritten.
+
+    Args:
+        keys, distances: how many, and how many first ones before all others, as in :func:`top`.
+
+    Returns:
+        int ``[B,H,v]`` and ``[B,H,s]``, rising.
+    """
+    kernels = (sums.is_cuda or interpreted()) and sums.dtype == torch.float32
+    if kernels and sums.shape[-1] < COUNTED:
+        from subquad.ops.select import triton_lines
+
+        return triton_lines.best(sums, keys, distances)
+    return top(sums[0], *keys), top(sums[1], *distances)
 
 
 def top(score: Tensor, n: int, forced: int) -> Tensor:

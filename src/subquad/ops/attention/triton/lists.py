@@ -120,7 +120,7 @@ def of_table(table: Tensor, causal: bool, unit: int, size: int, per_row: int, S:
     """The lists of ``table [...,R,n]``, rising with -1 at the end."""
     R, n = table.shape[-2:]
     rows = table.shape[:-1].numel()
-    lo, mid, hi = (table.new_empty(rows) for _ in range(3))
+    lo, mid, hi = table.new_empty(3, rows)
     BN = min(128, triton.next_power_of_2(max(n, 1)))
     BR = 1024 // BN
     with on_device(table):
