@@ -29,18 +29,20 @@ def _queries(Q, l, L, stride, K: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def _scores(
-    q, KEYS, j, l, L, S, window, stride, scale, K: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Scores ``[len(l),len(j)]`` in base 2 of queries l with keys j, -inf where unseen."""
+    q, KEYS, j, S, stride, scale, K: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Scores in base 2 with keys j, those that there are."""
     d = tl.arange(0, BK)
-    there = (j >= 0) & (j < S)
-    at = KEYS + j.to(tl.int64)[None, :] * stride + d[:, None]
-    k = tl.load(at, mask=there[None, :] & (d < K)[:, None], other=0.0)
-    s = tl.dot(q, k, input_precision=PRECISION) * scale
+    there = ((j >= 0) & (j < S))[None, :] & (d < K)[:, None]
+    k = tl.load(KEYS + j.to(tl.int64)[None, :] * stride + d[:, None], mask=there, other=0.0)
+    return tl.dot(q, k, input_precision=PRECISION) * (scale * LOG2E)
+
+
+@triton.jit
+def _seen(s, j, l, L, S, window):
+    """The scores of queries l with keys j, -inf where unseen."""
     distance = (S - L + l)[:, None] - j[None, :]
-    seen = there[None, :] & (distance >= 0) & (distance < window)
-    return tl.where(seen, s, float("-inf"))
+    return tl.where((distance >= 0) & (distance < window), s, float("-inf"))
 
 
 @partial(Kernel, sizes=("L", "S", "window", "each", "H", "G"))
@@ -59,7 +61,7 @@ def part_kernel(
     total = tl.zeros([BL], tl.float32)
     for first in range(part * each, tl.minimum(part * each + each, S), BN):
         j = first + tl.arange(0, BN)
-        s = _scores(q, KEYS, j, l, L, S, window, skt, scale * LOG2E, K, BK, PRECISION)
+        s = _seen(_scores(q, KEYS, j, S, skt, scale, K, BK, PRECISION), j, l, L, S, window)
         new = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(s - safe[:, None]), 1)
@@ -93,13 +95,15 @@ def last_kernel(
         lse = top + tl.log2(tl.sum(totals * tl.exp2(tops - top[:, None]), 1))
         lse = tl.where(l < L, lse, float("inf"))
         q = _queries(Q, l, L, sqt, K, BK)
-        s = _scores(q, KEYS, place, l, L, S, window, skt, scale * LOG2E, K, BK, PRECISION)
+        s = _scores(q, KEYS, place, S, skt, scale, K, BK, PRECISION)
+        s = _seen(s, place, l, L, S, window)
         by_key += tl.sum(tl.exp2(s - lse[:, None]), 0)
         # The keys at these distances from any of the queries; row i has its own from i on.
         j = S - L + first - tl.program_id(0) * BN - (BN - 1) + tl.arange(0, BN + BL)
-        s = _scores(q, KEYS, j, l, L, S, window, skt, scale * LOG2E, K, BK, PRECISION)
-        own = i[:, None] + BN - 1 - x[None, :]
-        by_distance += tl.sum(tl.gather(tl.exp2(s - lse[:, None]), own, 1), 0)
+        s = _scores(q, KEYS, j, S, skt, scale, K, BK, PRECISION)
+        w = tl.where((j >= 0)[None, :], tl.exp2(s - lse[:, None]), 0.0)
+        by_distance += tl.sum(tl.gather(w, i[:, None] + BN - 1 - x[None, :], 1), 0)
+    by_distance = tl.where(place < window, by_distance, 0.0)
     to = tl.program_id(1).to(tl.int64) * S + place
     tl.store(BY_KEY + to, by_key, mask=place < S)
     tl.store(BY_DISTANCE + to, by_distance, mask=place < S)
