@@ -191,13 +191,15 @@ def best(sums: Tensor, keys: tuple[int, int], distances: tuple[int, int]) -> tup
     """As :func:`subquad.policies.parts.lines.best`, int32; of equals the earlier."""
     _, B, H, S = sums.shape
     (v, sinks), (s, local) = ((min(n, S), min(forced, n, S)) for n, forced in (keys, distances))
-    found = tuple(torch.empty(B, H, n, dtype=torch.int32, device=sums.device) for n in (v, s))
+    found_keys, found_distances = (
+        torch.empty(B, H, n, dtype=torch.int32, device=sums.device) for n in (v, s)
+    )
     with on_device(sums):
         best_kernel.launch(
-            (B * H, 2), (sums, *found), S, v, s, sinks, local,
+            (B * H, 2), (sums, found_keys, found_distances), S, v, s, sinks, local,
             BS=min(8192, max(16, triton.next_power_of_2(S))), num_warps=16,
         )  # fmt: skip
-    return found
+    return found_keys, found_distances
 
 
 @triton.jit
