@@ -158,6 +158,39 @@ def test_by_the_copy_engine(name):
     assert max(found.values()) < 4e-3, found
 
 
+TILES = {
+    "head, delta, split": (
+        Case("head", True, T=70, H=2, K=80, V=16, dtype=F32, groups=2, state=True), 64,
+    ),
+    "channel, delta": (Case("channel", True, T=66, H=1, K=80, V=16, dtype=F32, state=True), 128),
+    "channel, plain, split": (Case("channel", False, T=66, H=1, K=80, V=16, dtype=F32), 64),
+    "head, plain, split": (Case("head", False, T=66, H=1, K=80, V=16, dtype=F32), 64),
+    "none, one launch": (Case("none", False, T=66, H=1, K=80, V=16, dtype=F32), 128),
+    "head, by the copy engine": (
+        Case("head", True, T=64, H=1, K=128, V=128, dtype=torch.float16), 64,
+    ),
+}  # fmt: skip
+
+
+@inside
+@pytest.mark.parametrize("name", TILES)
+def test_a_state_of_two_tiles(name):
+    from subquad.ops.recurrence.triton import configs, layout
+
+    case, segment = TILES[name]
+    config = {"BK": 64, "BV": 16 if case.V == 16 else 64, "num_warps": 4, "num_stages": 1}
+    kernels = {"scan": config, "scan_split": {**config, "fill": 1}, "scan_back": config}
+    with (
+        mock.patch.object(layout, "segment_length", return_value=segment),
+        mock.patch.object(layout, "SHORT", 0),
+        mock.patch.object(layout, "MANY", 0),
+        mock.patch.object(configs, "copy_engine", return_value=True),
+        configs.forced(kernels),
+    ):
+        found = errors(case, "cpu")
+    assert max(found.values()) < (2e-5 if case.dtype == F32 else 4e-3), found
+
+
 @inside
 @pytest.mark.parametrize("decay", ["head", "channel"])
 def test_half_precision(decay):

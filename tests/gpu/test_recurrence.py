@@ -68,6 +68,8 @@ BULK = [
     Case("none", True, B=2, T=128, dtype=F16, K=128, V=128),
     Case("head", True, T=2048, dtype=BF16, K=128, V=128, state=True),  # split inside the GPU
     Case("none", True, T=2048, H=4, dtype=F16, K=128, V=128),
+    Case("head", True, B=2, T=320, dtype=BF16, K=256, V=256, groups=2, state=True),
+    Case("none", True, T=192, dtype=BF16, K=256, V=256, state=True),
 ]
 
 
@@ -88,11 +90,11 @@ def test_by_the_copy_engine(case):
 
 
 @pytest.mark.parametrize("decay", ["none", "head"])
-@pytest.mark.parametrize("T", [1000, 1024])
+@pytest.mark.parametrize(("T", "width"), [(1000, 128), (1024, 128), (1024, 256)])
 @pytest.mark.usefixtures("_described")
-def test_outputs_of_the_delta_rule_are_as_exact_as_in_torch(decay, T):
+def test_outputs_of_the_delta_rule_are_as_exact_as_in_torch(decay, T, width):
     """Products take bfloat16, two of them where one would show."""
-    case = Case(decay, True, T=T, K=128, V=128)
+    case = Case(decay, True, T=T, K=width, V=width)
     inputs = case.draw("cuda")
     right = {"o": defined(case, inputs)["o"]}
     off = {}

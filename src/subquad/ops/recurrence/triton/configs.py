@@ -14,10 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-Config = Mapping[str, int]
+Config = Mapping[str, Any]
 KERNELS = (
     "prepare",
     "scan",
@@ -61,7 +62,7 @@ def copy_engine(device: torch.device) -> bool:
 
 
 @cache
-def table(arch: str) -> dict[str, dict[str, int]]:
+def table(arch: str) -> dict[str, dict[str, Any]]:
     shipped = json.loads((Path(__file__).parent / "configs.json").read_text())
     own = cache_file(arch)
     try:

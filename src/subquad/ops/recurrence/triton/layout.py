@@ -15,7 +15,7 @@ from subquad.ops.recurrence.triton import configs
 
 C = 64  # rows of a chunk
 SHORT = 4096  # tokens up to which a launch weighs more than computing the scores twice
-MANY = 8192  # chunks of a head from which on the copy engine pays for describing tensors to it
+MANY = 8192  # chunks of a head of 128 channels from which on describing tensors pays (see bulk)
 NAMES = {"none": 0, "head": 1, "channel": 2}
 
 
@@ -93,11 +93,13 @@ class Plan:
 
     @cached_property
     def bulk(self) -> bool:
-        """Whether the delta rule's tiles are read by the copy engine: whole chunks, full tiles."""
+        """Whether the delta rule's tiles go by the copy engine: whole chunks, full tiles, so much
+        work that describing tensors to it pays, and a configuration that reads ahead."""
         return (
             self.delta and self.decay != "channel" and not self.packed and self.T % C == 0
-            and self.K == self.V == 128 and self.dtype != torch.float32
-            and self.chunks * self.H >= MANY and configs.copy_engine(self.device)
+            and self.K == self.V and self.K in (128, 256) and self.dtype != torch.float32
+            and self.chunks * self.H * self.K * self.V >= MANY * 128 * 128
+            and self.config("scan")["num_stages"] > 1 and configs.copy_engine(self.device)
         )  # fmt: skip
 
     @cached_property

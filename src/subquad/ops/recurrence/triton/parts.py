@@ -107,6 +107,18 @@ def put_t(X, x, first, left, heads, h, column, W: tl.constexpr, C: tl.constexpr,
 
 
 @triton.jit
+def bulk_put_t(
+    X, x, first, left, heads, h, column, W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr,
+    BULK: tl.constexpr,
+):  # fmt: skip
+    """:func:`put_t`, or by the copy engine through X's descriptor."""
+    if BULK:
+        X.store([first.to(tl.int32), h * W + column], tl.trans(x.to(X.dtype)))
+    else:
+        put_t(X, x, first, left, heads, h, column, W, C, BW)
+
+
+@triton.jit
 def numbers(X, first, left, heads, h, C: tl.constexpr):
     """``[C]`` float32 of ``X [tokens,heads]`` from token ``first`` on, 0 outside."""
     r = tl.arange(0, C)

@@ -17,46 +17,43 @@ import triton.language as tl
 from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
+    NONE,
     betas,
-    block,
     bulk,
     bulk_block,
+    bulk_put_t,
     fade,
-    gate_row,
     gates,
     halved,
     kernel,
-    put_t,
     segment,
     whole_gate,
+)
+from subquad.ops.recurrence.triton.state import (
+    added,
+    fades,
+    identity,
+    keep,
+    no_tiles,
+    opening,
+    operand,
+    product,
+    put_state,
+    state_at,
 )
 
 
 @triton.jit
-def _state_at(X, index, h, H, rows, columns, K: tl.constexpr, V: tl.constexpr):
-    """Pointers and mask of ``X [index,H,K,V]`` as the transposed ``[rows of V, columns of K]``."""
-    at = X + ((index.to(tl.int64) * H + h) * K + columns[None, :]) * V + rows[:, None]
-    return at, (columns[None, :] < K) & (rows[:, None] < V)
-
-
-@triton.jit
-def _keep(HS, S, chunk, h, H, rows, columns, K: tl.constexpr, V: tl.constexpr):
-    """Write ``S [rows of V, columns of K]`` to ``HS [chunks,H,V,K]``."""
-    at = HS + (chunk.to(tl.int64) * H + h) * (V * K) + rows[:, None] * K + columns[None, :]
-    tl.store(at, S, mask=(rows[:, None] < V) & (columns[None, :] < K))
-
-
-@triton.jit
-def _operand(
-    X, GATED, t, left, heads, hx, chunk, H, h,
-    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr,
-    BULK: tl.constexpr,
-):  # fmt: skip
-    """q or k of a chunk: the gated one that prepare wrote, or X itself."""
-    if DECAY == CHANNEL:
-        return block(GATED, chunk, H, h, 0, K, C, BK)
-    else:
-        return bulk(X, t, left, heads, hx, 0, K, C, BK, BULK)
+def _written(S, factor, D, fall, Dd, rest, k, DECAY: tl.constexpr, PRECISION: tl.constexpr):
+    """The state after a chunk that writes D; ``rest`` is what D's rounding to Dd left, or None."""
+    if DECAY != NONE:
+        S = product(S, factor)
+    if DECAY == HEAD:
+        Dd = (D * fall).to(Dd.dtype)
+    S = added(S, Dd, k, PRECISION)
+    if rest is not None:
+        S = added(S, rest, k, PRECISION)
+    return S
 
 
 @kernel
@@ -82,25 +79,24 @@ def scan(
     FINER: tl.constexpr = FINE and not (DELTA and DECAY == HEAD)
     blocks: tl.constexpr = (V + BV - 1) // BV
     links: tl.constexpr = (K + BV - 1) // BV if SPLIT and DELTA else 0
+    tiles: tl.constexpr = (K + BK - 1) // BK
+    EARLY: tl.constexpr = tiles > 1
     pid = tl.program_id(0)
     h = tl.program_id(1)
     index = pid // (blocks + links)
     part = pid % (blocks + links)
     first, end, sequence, opens, closes, chunk = segment(TABLE, index, T, SIZE, C, PACKED)
     rows = part * BV + tl.arange(0, BV)
-    columns = tl.arange(0, BK)
     hq, hk, hv, hd = h * HQ // H, h * HK // H, h * HV // H, h * HD // H
 
-    S = tl.zeros([BV, BK], tl.float32)
     if SPLIT and DELTA:
-        S = tl.where(columns[None, :] == rows[:, None] - blocks * BV, 1.0, 0.0)
-    if HAS_INIT and not SPLIT:
-        at, ok = _state_at(INIT, index, h, H, rows, columns, K, V)
-        S = tl.load(at, mask=ok, other=0.0)
-    if DECAY == CHANNEL:
-        total = tl.full([BK], 1.0, tl.float32)
+        S = identity(rows - blocks * BV, K, BK)
     else:
-        total = 1.0
+        S = opening(INIT, index, h, H, rows, K, V, BK, HAS_INIT and not SPLIT)
+    gains: tl.constexpr = BK if DECAY == CHANNEL else 1
+    total = no_tiles()
+    for _ in tl.static_range(tiles):
+        total += (tl.full([1, gains], 1.0, tl.float32),)
 
     i = tl.arange(0, C)[None, :]
     j = tl.arange(0, C)[:, None]
@@ -122,14 +118,8 @@ def scan(
                 whole = whole_gate(G_, GS, t, left, HD, hd, chunk, H, h, C, FUSE)
             else:  # a step ahead, since it is read when all else waits
                 later = whole_gate(G_, GS, t, left - C, HD, hd, chunk + n + 1, H, h, C, FUSE)
-        k = _operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
-        kind = k.dtype
-        if FINER:
-            Sd, Sl = halved(S)
-        else:
-            Sd = S.to(kind)
-        if KEEP:
-            _keep(HS, Sd, chunk + n, h, H, rows, columns, K, V)
+        k = operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
+        kind = k[0].dtype
         # A transition's columns carry no values.
         values = part < blocks
         v = bulk(
@@ -137,6 +127,7 @@ def scan(
             V, C, BV, BULK,
         )  # fmt: skip
         v = tl.trans(v)
+        fall = None
         if DECAY == HEAD:
             G, rise, fall = gates(G_, GS, GD, t, left, HD, hd, chunk + n, H, h, C, FUSE, BULK)
         if DELTA:
@@ -144,10 +135,27 @@ def scan(
             p = tl.trans(bulk_block(P, chunk + n, H, h, C, C, BULK))
             kw = k
             if DECAY == CHANNEL:
-                kw = block(KW, chunk + n, H, h, 0, K, C, BK)
-            read = tl.dot(Sd, tl.trans(kw), input_precision=PRECISION)
+                kw = operand(K_, KW, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
+        if OUTPUT and EARLY:
+            q = operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
+        read = tl.zeros([BV, C], tl.float32)
+        o = tl.zeros([BV, C], tl.float32)
+        for x in tl.static_range(tiles - 1, -1, -1):
             if FINER:
-                read = tl.dot(Sl, tl.trans(kw), read)
+                Sd, Sl = halved(S[x])
+            else:
+                Sd = S[x].to(kind)
+            if KEEP:
+                keep(HS, Sd, chunk + n, h, H, part * BV, x * BK, K, V, BV, BK, BULK)
+            if DELTA:
+                read = tl.dot(Sd, tl.trans(kw[x]), read, input_precision=PRECISION)
+                if FINER:
+                    read = tl.dot(Sl, tl.trans(kw[x]), read)
+            if OUTPUT and EARLY:
+                o = tl.dot(Sd, tl.trans(q[x]), o, input_precision=PRECISION)
+                if FINER:
+                    o = tl.dot(Sl, tl.trans(q[x]), o)
+        if DELTA:
             if DECAY == HEAD:
                 read *= rise
             # Turns v within the tensor cores, exactly. A difference, no accumulator: what goes
@@ -156,7 +164,7 @@ def scan(
             D = (tl.dot(v, eye, input_precision=PRECISION) - read) * beta
             D = tl.dot(D.to(kind), p, D, input_precision=PRECISION)
             if KEEP:
-                put_t(D_, D, t, left, H, h, part * BV, V, C, BV)
+                bulk_put_t(D_, D, t, left, H, h, part * BV, V, C, BV, BULK)
             if FINE:
                 Dd, Dl = halved(D)
             else:
@@ -164,32 +172,30 @@ def scan(
         else:
             D = v
             Dd = v
-        written = Dd
-        if DECAY == HEAD:
-            S *= whole
-            written = (D * fall).to(kind)
-            total *= whole
-            if not FUSE:
-                whole = later
-        if DECAY == CHANNEL:
-            place = GS + ((chunk + n).to(tl.int64) * H + h) * (3 * K) + columns
-            factor = tl.load(place, mask=columns < K, other=0.0)
-            S *= factor[None, :]
-            total *= factor
-        S = tl.dot(written, k, S, input_precision=PRECISION)
-        if FINER and DELTA:
-            S = tl.dot(Dl, k, S)
+        rest = Dl if FINER and DELTA else None
+        factor = None
+        if DECAY != NONE:
+            factor = fades(GS, whole, chunk + n, H, h, K, BK, DECAY)
+            total = product(total, factor)
+        if DECAY == HEAD and not FUSE:
+            whole = later
+        if not EARLY:  # fewer values live at once than with the outputs first
+            S = _written(S, factor, D, fall, Dd, rest, k, DECAY, PRECISION)
         if OUTPUT:
-            q = _operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
-            o = tl.dot(Sd, tl.trans(q), input_precision=PRECISION)
-            if FINER:
-                o = tl.dot(Sl, tl.trans(q), o)
+            if not EARLY:
+                q = operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
+                o = tl.dot(Sd, tl.trans(q[0]), input_precision=PRECISION)
+                if FINER:
+                    o = tl.dot(Sl, tl.trans(q[0]), o)
             if DECAY == HEAD:
                 o *= rise * scale
             elif DECAY != CHANNEL:
                 o *= scale
             if FUSE:
-                a = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+                a = tl.zeros([C, C], tl.float32)
+                for x in tl.static_range(tiles):
+                    a = tl.dot(k[x], tl.trans(q[x]), a, input_precision=PRECISION)
+                a *= scale
                 if DECAY == HEAD:
                     a *= fade(G, tl.trans(G), i >= j)
                 else:
@@ -207,139 +213,21 @@ def scan(
                 o = tl.dot(Dd, al, o)
                 if DELTA:
                     o = tl.dot(Dl, a, o)
-            put_t(O, o, t, left, H, h, part * BV, V, C, BV)
+            bulk_put_t(O, o, t, left, H, h, part * BV, V, C, BV, BULK and EARLY)
+        if EARLY:
+            S = _written(S, factor, D, fall, Dd, rest, k, DECAY, PRECISION)
 
     if SPLIT:
-        at = LOCAL + (index.to(tl.int64) * H + h) * ((blocks + links) * BV * K)
-        at += rows[:, None] * K + columns[None, :]
-        tl.store(at, S, mask=columns[None, :] < K)
-        if (not DELTA) and part == 0:
-            if DECAY == CHANNEL:
-                to = TOTAL + (index.to(tl.int64) * H + h) * K + columns
-                tl.store(to, total, mask=columns < K)
-            else:
-                tl.store(TOTAL + index.to(tl.int64) * H + h, total)
+        to = TOTAL + (index.to(tl.int64) * H + h) * (K if DECAY == CHANNEL else 1)
+        for x in tl.static_range(tiles):
+            columns = x * BK + tl.arange(0, BK)[None, :]
+            at = LOCAL + (index.to(tl.int64) * H + h) * ((blocks + links) * BV * K)
+            tl.store(at + rows[:, None] * K + columns, S[x], mask=columns < K)
+            if (not DELTA) and (x == 0 or DECAY == CHANNEL):
+                columns = x * BK + tl.arange(0, gains)[None, :]
+                tl.store(to + columns, total[x], mask=columns < tl.where(part == 0, K, 0))
     if END:
-        at, ok = _state_at(FINAL, sequence, h, H, rows, columns, K, V)
-        tl.store(at, S, mask=ok & (rows[:, None] < tl.where(closes, V, 0)))
-
-
-@kernel
-def scan_back(
-    Q, K_, G_, DO, A, P, BS, BD, QG, KG, KW, GS, GD, INIT, TABLE, OUT, HS, START, LOCAL,
-    scale, T, SIZE, H, HQ, HK, HD,
-    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, HAS_INIT: tl.constexpr,
-    SPLIT: tl.constexpr, FUSE: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The state's gradient from a segment's end to its start.
-
-    INIT is the gradient at the end of each segment. Writes HS, the gradient after every chunk;
-    OUT, that is F for the delta rule and dv else; START, the gradient at the start of a sequence.
-    SPLIT starts every segment from zero and writes only its result, to LOCAL.
-    """
-    blocks: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    h = tl.program_id(1)
-    index = pid // blocks
-    part = pid % blocks
-    first, end, sequence, opens, _, chunk = segment(TABLE, index, T, SIZE, C, PACKED)
-    rows = part * BV + tl.arange(0, BV)
-    columns = tl.arange(0, BK)
-    hq, hk, hd = h * HQ // H, h * HK // H, h * HD // H
-
-    dS = tl.zeros([BV, BK], tl.float32)
-    if HAS_INIT:
-        at, ok = _state_at(INIT, index, h, H, rows, columns, K, V)
-        dS = tl.load(at, mask=ok, other=0.0)
-
-    i = tl.arange(0, C)[:, None]
-    j = tl.arange(0, C)[None, :]
-    chunks = tl.cdiv(end - first, C).to(tl.int32)
-    if SPLIT:  # nothing comes before the first segment
-        chunks = tl.where(opens, 0, chunks)
-    whole = 1.0
-    if DECAY == HEAD:
-        n = tl.maximum(chunks - 1, 0)
-        if not FUSE:
-            whole = whole_gate(G_, GS, first, chunks, HD, hd, chunk + n, H, h, C, FUSE)
-        if BULK:
-            falls = gate_row(GS, 2, chunk + n, H, h, C)
-    for m in range(chunks):
-        n = chunks - 1 - m
-        t = first + n * C
-        left = end - t
-        if DECAY == HEAD:
-            if FUSE:
-                whole = whole_gate(G_, GS, t, left, HD, hd, chunk, H, h, C, FUSE)
-            else:
-                later = whole_gate(G_, GS, t, n, HD, hd, chunk + n - 1, H, h, C, FUSE)
-            if BULK:
-                falls_later = gate_row(GS, 2, chunk + tl.maximum(n, 1) - 1, H, h, C)
-        q = _operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
-        kind = q.dtype
-        do = tl.trans(bulk(DO, t, left, H, h, part * BV, V, C, BV, BULK))
-        if DECAY == HEAD:
-            G, rise, fall = gates(G_, GS, GD, t, left, HD, hd, chunk + n, H, h, C, FUSE, BULK)
-        if (not SPLIT) or DELTA:
-            k = _operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
-            dSd = dS.to(kind)
-            dD = tl.dot(dSd, tl.trans(k), input_precision=PRECISION)
-            if DECAY == HEAD:
-                if BULK:
-                    dD *= falls
-                else:
-                    dD *= fall
-            if FUSE:
-                a = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-                if DECAY == HEAD:
-                    a *= fade(tl.trans(G), G, i >= j)
-                else:
-                    a = tl.where(i >= j, a, 0.0)
-                a = a.to(kind)
-            else:
-                a = bulk_block(A, chunk + n, H, h, C, C, BULK)
-            dD = tl.dot(do, a, dD, input_precision=PRECISION)
-            if not SPLIT:
-                _keep(HS, dSd, chunk + n, h, H, rows, columns, K, V)
-        if DECAY == HEAD:
-            dS *= whole
-            if not FUSE:
-                whole = later
-            if BULK:
-                falls = falls_later
-        elif DECAY == CHANNEL:
-            place = GS + ((chunk + n).to(tl.int64) * H + h) * (3 * K) + columns
-            dS *= tl.load(place, mask=columns < K, other=0.0)[None, :]
-        if DECAY != CHANNEL:
-            factor = scale
-            if DECAY == HEAD:
-                factor = rise * scale
-            if DELTA:  # turned within the tensor cores, exactly
-                eye = tl.where(i == j, 1.0, 0.0).to(kind)
-                do = tl.dot(do, eye, input_precision=PRECISION)
-            do = (do * factor).to(kind)
-        dS = tl.dot(do, q, dS, input_precision=PRECISION)
-        if DELTA:
-            p = bulk_block(P, chunk + n, H, h, C, C, BULK)
-            F = tl.dot(dD.to(kind), p, dD, input_precision=PRECISION)
-            if not SPLIT:
-                put_t(OUT, F, t, left, H, h, part * BV, V, C, BV)
-            beta = betas(BS, BD, chunk + n, H, h, C, BULK)
-            if DECAY == HEAD:
-                beta *= rise
-            kw = k
-            if DECAY == CHANNEL:
-                kw = block(KW, chunk + n, H, h, 0, K, C, BK)
-            dS = tl.dot((F * -beta).to(kind), kw, dS, input_precision=PRECISION)
-        elif not SPLIT:
-            put_t(OUT, dD, t, left, H, h, part * BV, V, C, BV)
-
-    if SPLIT:
-        _keep(LOCAL, dS, index, h, H, rows, columns, K, V)
-    else:
-        at, ok = _state_at(START, sequence, h, H, rows, columns, K, V)
-        tl.store(at, dS, mask=ok & (rows[:, None] < tl.where(opens, V, 0)))
+        put_state(FINAL, S, sequence, h, H, rows, tl.where(closes, V, 0), K, V, BK)
 
 
 @kernel
@@ -372,13 +260,13 @@ def combine(
     columns = tl.arange(0, BK)
     S = tl.zeros([BV, BK], tl.float32)
     if HAS_INIT:
-        at, ok = _state_at(INIT, sequence, h, H, rows, columns, K, V)
+        at, ok = state_at(INIT, sequence, h, H, rows, columns, K, V)
         S = tl.load(at, mask=ok, other=0.0)
     for n in range(count):
         index = low + n
         if BACK:
             index = low + count - 1 - n
-        at, ok = _state_at(OUT, index, h, H, rows, columns, K, V)
+        at, ok = state_at(OUT, index, h, H, rows, columns, K, V)
         tl.store(at, S, mask=ok)
         base = index.to(tl.int64) * H + h
         at = LOCAL + base * (LOCAL_ROWS * K) + rows[:, None] * K + columns[None, :]

@@ -1,0 +1,123 @@
+"""The state of the passes over time in a program's registers, in tiles of key channels.
+
+It stands transposed, float32 ``[BV,BK]`` each: a program owns BV of its value columns. One tile
+holds up to 128 key channels. A state of 256 channels takes half of all registers, and with two
+tiles only one has its operand of half precision beside it at a time.
+"""
+
+import triton
+import triton.language as tl
+
+from subquad.ops.recurrence.triton.parts import CHANNEL, block, bulk
+
+
+@triton.jit
+def no_tiles():
+    """To add tiles to."""
+    return ()
+
+
+@triton.jit
+def state_at(X, index, h, H, rows, columns, K: tl.constexpr, V: tl.constexpr):
+    """Pointers and mask of ``X [index,H,K,V]`` as the transposed ``[rows of V, columns of K]``."""
+    at = X + ((index.to(tl.int64) * H + h) * K + columns[None, :]) * V + rows[:, None]
+    return at, (columns[None, :] < K) & (rows[:, None] < V)
+
+
+@triton.jit
+def opening(
+    INIT, index, h, H, rows, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
+    HAS_INIT: tl.constexpr,
+):  # fmt: skip
+    """The tiles of ``INIT [index,H,K,V]``, or of zeros."""
+    S = no_tiles()
+    for column in tl.static_range(0, K, BK):
+        if HAS_INIT:
+            at, ok = state_at(INIT, index, h, H, rows, column + tl.arange(0, BK), K, V)
+            S += (tl.load(at, mask=ok, other=0.0),)
+        else:
+            S += (tl.zeros([rows.shape[0], BK], tl.float32),)
+    return S
+
+
+@triton.jit
+def identity(rows, K: tl.constexpr, BK: tl.constexpr):
+    """The tiles of a transition over no token; 0 where ``rows`` are not channels."""
+    S = no_tiles()
+    for column in tl.static_range(0, K, BK):
+        S += (tl.where(column + tl.arange(0, BK)[None, :] == rows[:, None], 1.0, 0.0),)
+    return S
+
+
+@triton.jit
+def put_state(X, S, index, h, H, rows, below, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr):
+    """Write the tiles to ``X [index,H,K,V]``: the rows under ``below``."""
+    for x in tl.static_range((K + BK - 1) // BK):
+        at, ok = state_at(X, index, h, H, rows, x * BK + tl.arange(0, BK), K, V)
+        tl.store(at, S[x], mask=ok & (rows[:, None] < below))
+
+
+@triton.jit
+def keep(
+    HS, S, chunk, h, H, row, column, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    BK: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """Write a tile, its values from ``row`` and channels from ``column`` on, to
+    ``HS [chunks,H,V,K]``."""
+    if BULK:
+        HS.store([(chunk * H + h) * V + row, column], S)
+    else:
+        rows = row + tl.arange(0, BV)[:, None]
+        columns = column + tl.arange(0, BK)[None, :]
+        at = HS + (chunk.to(tl.int64) * H + h) * (V * K) + rows * K + columns
+        tl.store(at, S, mask=(rows < V) & (columns < K))
+
+
+@triton.jit
+def operand(
+    X, GATED, t, left, heads, hx, chunk, H, h,
+    K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr,
+    BULK: tl.constexpr,
+):  # fmt: skip
+    """q or k of a chunk, in tiles ``[C,BK]``: what prepare gated, or X itself."""
+    found = no_tiles()
+    for column in tl.static_range(0, K, BK):
+        if DECAY == CHANNEL:
+            found += (block(GATED, chunk, H, h, column, K, C, BK),)
+        else:
+            found += (bulk(X, t, left, heads, hx, column, K, C, BK, BULK),)
+    return found
+
+
+@triton.jit
+def fades(
+    GS, whole, chunk, H, h, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr
+):  # fmt: skip
+    """What each tile is multiplied with over a chunk: exp(G_end), per channel ``[1,BK]``."""
+    found = no_tiles()
+    for column in tl.static_range(0, K, BK):
+        if DECAY == CHANNEL:
+            columns = column + tl.arange(0, BK)
+            place = GS + (chunk.to(tl.int64) * H + h) * (3 * K) + columns
+            found += (tl.load(place, mask=columns < K, other=0.0)[None, :],)
+        else:
+            found += (whole,)
+    return found
+
+
+@triton.jit
+def product(A, B):
+    """Tile by tile."""
+    found = no_tiles()
+    for x in tl.static_range(len(A)):
+        found += (A[x] * B[x],)
+    return found
+
+
+@triton.jit
+def added(S, D, k, PRECISION: tl.constexpr):
+    """The tiles and D times those of k."""
+    found = no_tiles()
+    for x in tl.static_range(len(S)):
+        found += (tl.dot(D, k[x], S[x], input_precision=PRECISION),)
+    return found
