@@ -69,6 +69,7 @@ BULK = [
     Case("head", True, T=2048, dtype=BF16, K=128, V=128, state=True),  # split inside the GPU
     Case("none", True, T=2048, H=4, dtype=F16, K=128, V=128),
     Case("head", True, B=2, T=320, dtype=BF16, K=256, V=256, groups=2, state=True),
+    Case("head", True, T=2048, H=1, dtype=F16, K=256, V=256),
     Case("none", True, T=192, dtype=BF16, K=256, V=256, state=True),
 ]
 

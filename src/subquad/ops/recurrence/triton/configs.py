@@ -23,6 +23,7 @@ KERNELS = (
     "prepare",
     "scan",
     "scan_split",
+    "scan_keep",
     "scan_back",
     "combine",
     "score_grads",
@@ -124,6 +125,8 @@ def _config(
     found = table(arch).get(name)
     if found is None and kernel == "scan_split":
         return {**_config("scan", arch, decay, delta, K, V, itemsize), "fill": 1}
+    if found is None and kernel == "scan_keep":
+        return {}  # that of the forward pass
     return found or safe(kernel, K=K, V=V, itemsize=itemsize)
 
 

@@ -97,7 +97,7 @@ SCANNED = ("O", "D", "HS", "FINAL", "LOCAL", "TOTAL")  # what scan may write
 
 @bound
 def _scan(p: Plan, scale: float, init: bool, outs: tuple[str, ...]) -> Launch:
-    c, split = p.scan, "LOCAL" in outs
+    c, split = p.scan_keep if "HS" in outs else p.scan, "LOCAL" in outs
     blocks = cdiv(p.V, c["BV"])
     if split and p.delta:
         blocks += cdiv(p.K, c["BV"])
@@ -117,7 +117,7 @@ def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, table, **outs) 
     A, AL, P, BS, QG, KG, KW, GS, _ = ready
     BD = GD = None
     if p.bulk:
-        c = p.scan
+        c = p.scan_keep if "HS" in outs else p.scan
         q, k, v = described(p, c["BV"], q, k, v, width=c.get("BK", 0))
         tile = c.get("BK", p.K)
         # The outputs of one tile of keys go by pointers: 29 us of 293 less on an H200, while with
@@ -165,8 +165,8 @@ def _combine(p: Plan, init: bool, rows: tuple[int, int, int], back: bool) -> Lau
     return combine.bind(
         (p.N * cdiv(p.V, c["BV"]), p.H), p.T, p.size, p.H,
         **p.switches(
-            BK=configs.key_width(p.K), LOCAL_ROWS=local, LINK_ROWS=links, LINK_ROW=link,
-            HAS_INIT=init, BACK=back, PRECISION="tf32x3",
+            BK=configs.key_width(p.K) if p.K <= 128 else 64, LOCAL_ROWS=local, LINK_ROWS=links,
+            LINK_ROW=link, HAS_INIT=init, BACK=back, PRECISION="tf32x3",
         ),
         **c,
     )  # fmt: skip

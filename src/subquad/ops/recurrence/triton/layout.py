@@ -148,6 +148,11 @@ class Plan:
         c = self.config("scan_split" if self.split else "scan")
         return {n: x for n, x in c.items() if n != "fill"}
 
+    @property
+    def scan_keep(self) -> configs.Config:
+        """Of the pass that keeps what the gradients need; it has no outputs."""
+        return self.config("scan_keep") or self.scan
+
     def switches(self, **more) -> dict:
         return {
             "K": self.K, "V": self.V, "DECAY": NAMES[self.decay], "DELTA": self.delta,

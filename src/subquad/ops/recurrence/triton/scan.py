@@ -39,7 +39,6 @@ from subquad.ops.recurrence.triton.state import (
     operand,
     product,
     put_state,
-    state_at,
 )
 
 
@@ -81,6 +80,8 @@ def scan(
     links: tl.constexpr = (K + BV - 1) // BV if SPLIT and DELTA else 0
     tiles: tl.constexpr = (K + BK - 1) // BK
     EARLY: tl.constexpr = tiles > 1
+    # Asked for after the reading, P is not waited for before; beside the outputs it takes longer.
+    LATE: tl.constexpr = KEEP and tiles > 1
     pid = tl.program_id(0)
     h = tl.program_id(1)
     index = pid // (blocks + links)
@@ -132,7 +133,8 @@ def scan(
             G, rise, fall = gates(G_, GS, GD, t, left, HD, hd, chunk + n, H, h, C, FUSE, BULK)
         if DELTA:
             beta = betas(BS, BD, chunk + n, H, h, C, BULK)
-            p = tl.trans(bulk_block(P, chunk + n, H, h, C, C, BULK))
+            if not LATE:
+                p = tl.trans(bulk_block(P, chunk + n, H, h, C, C, BULK))
             kw = k
             if DECAY == CHANNEL:
                 kw = operand(K_, KW, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
@@ -156,6 +158,8 @@ def scan(
                 if FINER:
                     o = tl.dot(Sl, tl.trans(q[x]), o)
         if DELTA:
+            if LATE:
+                p = tl.trans(bulk_block(P, chunk + n, H, h, C, C, BULK))
             if DECAY == HEAD:
                 read *= rise
             # Turns v within the tensor cores, exactly. A difference, no accumulator: what goes
@@ -257,33 +261,36 @@ def combine(
         count = tl.cdiv(T, SIZE)
         low = sequence * count
     rows = part * BV + tl.arange(0, BV)
-    columns = tl.arange(0, BK)
-    S = tl.zeros([BV, BK], tl.float32)
-    if HAS_INIT:
-        at, ok = state_at(INIT, sequence, h, H, rows, columns, K, V)
-        S = tl.load(at, mask=ok, other=0.0)
+    tiles: tl.constexpr = (K + BK - 1) // BK
+    S = opening(INIT, sequence, h, H, rows, K, V, BK, HAS_INIT)
     for n in range(count):
         index = low + n
         if BACK:
             index = low + count - 1 - n
-        at, ok = state_at(OUT, index, h, H, rows, columns, K, V)
-        tl.store(at, S, mask=ok)
+        put_state(OUT, S, index, h, H, rows, V, K, V, BK)
         base = index.to(tl.int64) * H + h
-        at = LOCAL + base * (LOCAL_ROWS * K) + rows[:, None] * K + columns[None, :]
-        ok = (rows[:, None] < V) & (columns[None, :] < K)
-        local = tl.load(at, mask=ok, other=0.0)
-        if DELTA:
-            r = tl.arange(0, BK)
-            place = r[:, None] * K + columns[None, :]
-            if BACK:
-                place = r[None, :] * K + columns[:, None]
-            source = LINK + base * (LINK_ROWS * K) + LINK_ROW * K + place
-            link = tl.load(source, mask=(r[:, None] < K) & (columns[None, :] < K), other=0.0)
-            S = tl.dot(S, link, local, input_precision=PRECISION)
-        elif DECAY == CHANNEL:
-            factor = tl.load(LINK + base * K + columns, mask=columns < K, other=0.0)
-            S = S * factor[None, :] + local
-        elif DECAY == HEAD:
-            S = S * tl.load(LINK + base) + local
-        else:
-            S += local
+        after = no_tiles()
+        for x in tl.static_range(tiles):
+            columns = x * BK + tl.arange(0, BK)
+            at = LOCAL + base * (LOCAL_ROWS * K) + rows[:, None] * K + columns[None, :]
+            ok = (rows[:, None] < V) & (columns[None, :] < K)
+            s = tl.load(at, mask=ok, other=0.0)
+            if DELTA:
+                for y in tl.static_range(tiles):
+                    r = y * BK + tl.arange(0, BK)
+                    place = r[:, None] * K + columns[None, :]
+                    if BACK:
+                        place = r[None, :] * K + columns[:, None]
+                    ok = (r[:, None] < K) & (columns[None, :] < K)
+                    source = LINK + base * (LINK_ROWS * K) + LINK_ROW * K + place
+                    link = tl.load(source, mask=ok, other=0.0)
+                    s = tl.dot(S[y], link, s, input_precision=PRECISION)
+            elif DECAY == CHANNEL:
+                factor = tl.load(LINK + base * K + columns, mask=columns < K, other=0.0)
+                s += S[x] * factor[None, :]
+            elif DECAY == HEAD:
+                s += S[x] * tl.load(LINK + base)
+            else:
+                s += S[x]
+            after += (s,)
+        S = after

@@ -77,9 +77,10 @@ def scan_back(
                 later = whole_gate(G_, GS, t, n, HD, hd, chunk + n - 1, H, h, C, FUSE)
             if BULK:
                 falls_later = gate_row(GS, 2, chunk + tl.maximum(n, 1) - 1, H, h, C)
-        q = operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
-        kind = q[0].dtype
+        if FUSE:
+            q = operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
         do = tl.trans(bulk(DO, t, left, H, h, part * BV, V, C, BV, BULK))
+        kind = do.dtype
         if DECAY == HEAD:
             G, rise, fall = gates(G_, GS, GD, t, left, HD, hd, chunk + n, H, h, C, FUSE, BULK)
         if (not SPLIT) or DELTA:
@@ -130,6 +131,8 @@ def scan_back(
                 kw = operand(K_, KW, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
         elif not SPLIT:
             put_t(OUT, dD, t, left, H, h, part * BV, V, C, BV)
+        if not FUSE:  # asked for last, it is waited for last
+            q = operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
         if DECAY != NONE:
             dS = product(dS, fades(GS, whole, chunk + n, H, h, K, BK, DECAY))
         dS = added(dS, do, q, PRECISION)
