@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from subquad.ops.sizes import cdiv, next_power_of_2
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -131,11 +133,11 @@ def window_kernel(
 def block_mass(q, k, size, rows, reduce, causal, scale, offset):
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    R, n = triton.cdiv(T, rows), triton.cdiv(S, size)
+    R, n = cdiv(T, rows), cdiv(S, size)
     out = torch.zeros(B, H, R, n, dtype=torch.float32, device=q.device)
     block_kernel[(R, B * H)](
         q, k, out, scale, T, S, offset, H, G, R, n, *q.stride()[:3], *k.stride()[:3],
-        K=K, BK=max(16, triton.next_power_of_2(K)), ROWS=rows, SIZE=size, CAUSAL=causal,
+        K=K, BK=max(16, next_power_of_2(K)), ROWS=rows, SIZE=size, CAUSAL=causal,
         LARGEST=reduce == "max", PRECISION=_precision(q), num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
@@ -151,15 +153,15 @@ def window_mass(q, windows, size, stride, other, scale, offset):
     out = torch.zeros(B, G, T, n, dtype=torch.float32, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     shape = {
-        "K": K, "BK": max(16, triton.next_power_of_2(K)), "BM": 64, "BN": 64,
+        "K": K, "BK": max(16, next_power_of_2(K)), "BM": 64, "BN": 64,
         "PRECISION": _precision(q), "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
-    rows = triton.cdiv(T, 64)
+    rows = cdiv(T, 64)
     lse_kernel[(rows, B * H)](
         q, coarse, lse, scale, T, offset, H, G, coarse.shape[1], size_y, stride_y,
         *q.stride()[:3], *coarse.stride()[:3], **shape,
     )  # fmt: skip
-    window_kernel[(rows, triton.cdiv(n, 64), B * G)](
+    window_kernel[(rows, cdiv(n, 64), B * G)](
         q, windows, lse, out, scale, T, offset, H, G, n, size, stride,
         *q.stride()[:3], *windows.stride()[:3], GROUP=H // G, **shape,
     )  # fmt: skip

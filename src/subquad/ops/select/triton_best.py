@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from subquad.ops.kernel import Kernel, on_device
+from subquad.ops.sizes import cdiv, next_power_of_2
 
 
 @partial(Kernel, sizes=("T", "H", "lead", "size"))
@@ -122,11 +122,11 @@ def means(
     (of the heads ``wanted``, int8 ``[B,H]``; others' are not defined)."""
     B, T, H, K = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
-    n = triton.cdiv(lead + T, size)
+    n = cdiv(lead + T, size)
     dtype = torch.float32 if counted else x.dtype
     out = torch.empty(B, n, H, K, dtype=dtype, device=x.device)
-    BK = triton.next_power_of_2(K)
-    BT = min(triton.next_power_of_2(size), max(1, 16384 // BK))
+    BK = next_power_of_2(K)
+    BT = min(next_power_of_2(size), max(1, 16384 // BK))
     with on_device(x):
         mean_kernel.launch(
             (n, B * H), (x, wanted, out), T, H, lead, size, *x.stride()[:3],
@@ -139,11 +139,11 @@ def products(queries: Tensor, means: Tensor, first: int) -> Tensor:
     """As :func:`subquad.ops.select.score.products`."""
     (B, R, H, K), (n, G) = queries.shape, means.shape[1:3]
     out = torch.empty(B, H, R, n, dtype=torch.float32, device=queries.device)
-    BK = max(16, triton.next_power_of_2(K))
+    BK = max(16, next_power_of_2(K))
     wide = 64 if BK * queries.element_size() <= 512 else 32
     with on_device(queries):
         product_kernel.launch(
-            (triton.cdiv(n, wide), triton.cdiv(R, wide), B * H), (queries, means, out),
+            (cdiv(n, wide), cdiv(R, wide), B * H), (queries, means, out),
             R, n, first, H, G, *queries.stride()[:3], *means.stride()[:3],
             K=K, BK=BK, BR=wide, BN=wide, num_warps=4,
             PRECISION="tf32x3" if queries.dtype == torch.float32 else "tf32",
@@ -158,7 +158,7 @@ def top(
     R, n = scores.shape[-2:]
     scores, k = scores.contiguous(), min(k, n)
     out = torch.empty(*scores.shape[:-1], k, dtype=torch.int32, device=scores.device)
-    BN = max(16, triton.next_power_of_2(n))
+    BN = max(16, next_power_of_2(n))
     with on_device(scores):
         top_kernel.launch(
             (out.numel() // k,), (scores, out), R, n, k, rows, size, sinks, local, offset,

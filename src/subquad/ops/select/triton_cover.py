@@ -15,6 +15,7 @@ from torch import Tensor
 
 from subquad.ops.kernel import Kernel, on_device
 from subquad.ops.select import triton_best
+from subquad.ops.sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -223,15 +224,15 @@ def cover(
         target: sum to cover; ``unit`` covered tokens ask for one block.
     """
     _, B, H, S = sums.shape
-    n = triton.cdiv(S, b)
+    n = cdiv(S, b)
     blocks = torch.empty(2, B, H, n, dtype=torch.float32, device=sums.device)
     taken = torch.empty(2, B, H, n, dtype=torch.int8, device=sums.device)
-    BW = min(triton.next_power_of_2(b), 256)
+    BW = min(next_power_of_2(b), 256)
     with on_device(sums):
         cover_kernel.launch(
             (B * H, 2), (sums, aware, blocks, taken), target, S, n, b, unit, least, most,
-            BS=min(8192, max(16, triton.next_power_of_2(S))), BB=max(1, 8192 // BW), BW=BW,
-            BN=max(16, triton.next_power_of_2(n)), num_warps=16,
+            BS=min(8192, max(16, next_power_of_2(S))), BB=max(1, 8192 // BW), BW=BW,
+            BN=max(16, next_power_of_2(n)), num_warps=16,
         )  # fmt: skip
     return taken
 
@@ -251,8 +252,8 @@ def query_aware(
     with on_device(q):
         aware_kernel.launch(
             (B * H,), (q, means, by_key, parts, aware), scale, tau, L, S, n, b, H, G,
-            *q.stride()[:3], K=K, BK=triton.next_power_of_2(K), BB=32, BW=64,
-            BN=max(16, triton.next_power_of_2(n)), num_warps=8,
+            *q.stride()[:3], K=K, BK=next_power_of_2(K), BB=32, BW=64,
+            BN=max(16, next_power_of_2(n)), num_warps=8,
         )  # fmt: skip
     return aware, means
 
@@ -271,12 +272,12 @@ def best_pairs(
     with on_device(q):
         mass_kernel.launch(
             (R, B * H), (queries, means, aware, mass), scale, R, n, H, G,
-            K=K, BK=triton.next_power_of_2(K), BB=64, BN=max(16, triton.next_power_of_2(n)),
+            K=K, BK=next_power_of_2(K), BB=64, BN=max(16, next_power_of_2(n)),
             num_warps=8,
         )  # fmt: skip
         bound_kernel.launch(
             (B * H,), (mass, aware, bound), gamma * R, R * n,
-            BS=min(8192, max(16, triton.next_power_of_2(R * n))), num_warps=16,
+            BS=min(8192, max(16, next_power_of_2(R * n))), num_warps=16,
         )  # fmt: skip
     return mass, bound
 
@@ -286,7 +287,7 @@ def union(taken: Tensor, pairs: tuple[Tensor, Tensor] | None, R: int, width: int
     best ``pairs``: int32 ``[B,H,R,width]``, rising, -1 at the end."""
     _, B, H, n = taken.shape
     out = torch.empty(B, H, R, width, dtype=torch.int32, device=taken.device)
-    BN = max(16, triton.next_power_of_2(n))
+    BN = max(16, next_power_of_2(n))
     with on_device(taken):
         union_kernel.launch(
             (R, B * H), (taken, *(pairs or (None, None)), out), R, n, n - R, width, BN=BN,

@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from subquad.ops.kernel import Kernel, on_device
+from subquad.ops.sizes import cdiv, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 PARTS = 32  # of the keys, in which the softmax's sums are found
+PROGRAMS = 1024  # that are enough for any GPU
 ALL = 1 << 30
 
 
@@ -42,7 +44,7 @@ def _scores(
 def _seen(s, j, l, L, S, window):
     """The scores of queries l with keys j, -inf where unseen."""
     distance = (S - L + l)[:, None] - j[None, :]
-    return tl.where((distance >= 0) & (distance < window), s, float("-inf"))
+    return tl.where((j >= 0)[None, :] & (distance >= 0) & (distance < window), s, float("-inf"))
 
 
 @partial(Kernel, sizes=("L", "S", "window", "each", "H", "G"))
@@ -71,68 +73,78 @@ def part_kernel(
     tl.store(TOTAL + at, total, mask=l < L)
 
 
-@partial(Kernel, sizes=("L", "S", "window", "H", "G"))
+@partial(Kernel, sizes=("L", "S", "window", "H", "G", "tiles"))
 def last_kernel(
-    Q, KEYS, TOP, TOTAL, BY_KEY, BY_DISTANCE, scale, L, S, window, H, G,
-    sqb, sqt, sqh, skb, skt, skh,
-    K: tl.constexpr, BK: tl.constexpr, BL: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    Q, KEYS, TOP, TOTAL, SUMS, scale, L, S, window, H, G, tiles, sqb, sqt, sqh, skb, skt, skh,
+    K: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums of BN keys and of BN distances, both ``[B,H,S]``."""
-    b, h = tl.program_id(1) // H, tl.program_id(1) % H
-    Q += b.to(tl.int64) * sqb + h * sqh
+    """SUMS ``[L / BN,2,B,H,S]``: of BN queries the sums by key and by distance. A program takes
+    ``tiles`` times BN distances, from the near ones on: at these each row sees keys of two tiles,
+    further to the left from distance to distance; the nearer tile was that of the step before."""
+    plane, planes = tl.program_id(2), tl.num_programs(2).to(tl.int64)
+    b, h = plane // H, plane % H
+    i = tl.arange(0, BN)
+    first = tl.program_id(1) * BN
+    l = first + i
+    at = (plane.to(tl.int64) * L + l)[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+    tops = tl.load(TOP + at, mask=(l < L)[:, None], other=0.0)
+    totals = tl.load(TOTAL + at, mask=(l < L)[:, None], other=1.0)
+    top = tl.max(tops, 1)
+    lse = top + tl.log2(tl.sum(totals * tl.exp2(tops - top[:, None]), 1))
+    lse = tl.where(l < L, lse, float("inf"))
+    q = _queries(Q + b.to(tl.int64) * sqb + h * sqh, l, L, sqt, K, BK)
     KEYS += b.to(tl.int64) * skb + h // (H // G) * skh
-    x, i = tl.arange(0, BN), tl.arange(0, BL)
-    place = tl.program_id(0) * BN + x
-    by_key = tl.zeros([BN], tl.float32)
-    by_distance = tl.zeros([BN], tl.float32)
-    for first in range(0, L, BL):
-        l = first + i
-        at = (tl.program_id(1).to(tl.int64) * L + l)[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
-        tops = tl.load(TOP + at, mask=(l < L)[:, None], other=0.0)
-        totals = tl.load(TOTAL + at, mask=(l < L)[:, None], other=1.0)
-        top = tl.max(tops, 1)
-        lse = top + tl.log2(tl.sum(totals * tl.exp2(tops - top[:, None]), 1))
-        lse = tl.where(l < L, lse, float("inf"))
-        q = _queries(Q, l, L, sqt, K, BK)
-        s = _scores(q, KEYS, place, S, skt, scale, K, BK, PRECISION)
-        s = _seen(s, place, l, L, S, window)
-        by_key += tl.sum(tl.exp2(s - lse[:, None]), 0)
-        # The keys at these distances from any of the queries; row i has its own from i on.
-        j = S - L + first - tl.program_id(0) * BN - (BN - 1) + tl.arange(0, BN + BL)
-        s = _scores(q, KEYS, j, S, skt, scale, K, BK, PRECISION)
-        w = tl.where((j >= 0)[None, :], tl.exp2(s - lse[:, None]), 0.0)
-        by_distance += tl.sum(tl.gather(w, i[:, None] + BN - 1 - x[None, :], 1), 0)
-    by_distance = tl.where(place < window, by_distance, 0.0)
-    to = tl.program_id(1).to(tl.int64) * S + place
-    tl.store(BY_KEY + to, by_key, mask=place < S)
-    tl.store(BY_DISTANCE + to, by_distance, mask=place < S)
+    BY_KEY = SUMS + (tl.program_id(1) * 2 * planes + plane) * S
+    BY_DISTANCE = BY_KEY + planes * S
+    start = tl.program_id(0) * tiles
+    place = S - L + first  # of the first query
+    j = place - start * BN + 1 + i
+    s = _seen(_scores(q, KEYS, j, S, skt, scale, K, BK, PRECISION), j, l, L, S, window)
+    near = tl.exp2(s - lse[:, None])
+    if start == 0:
+        tl.store(BY_KEY + j, tl.sum(near, 0), mask=j < S)
+        for after in range(place + 1 + BN, S, BN):
+            tl.store(BY_KEY + after + i, 0.0, mask=after + i < S)
+    own = i[:, None] - i[None, :] + BN - 1
+    for t in range(start, tl.minimum(start + tiles, tl.cdiv(S, BN))):
+        j = place - (t + 1) * BN + 1 + i
+        s = _seen(_scores(q, KEYS, j, S, skt, scale, K, BK, PRECISION), j, l, L, S, window)
+        far = tl.exp2(s - lse[:, None])
+        tl.store(BY_KEY + j, tl.sum(far, 0), mask=j >= 0)
+        w = tl.gather(far, tl.minimum(own, BN - 1), 1)
+        w = tl.where(own < BN, w, tl.gather(near, tl.maximum(own - BN, 0), 1))
+        tl.store(BY_DISTANCE + t * BN + i, tl.sum(w, 0), mask=t * BN + i < S)
+        near = far
 
 
 def last_rows(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
     """As :func:`subquad.policies.parts.lines.last_rows`."""
     (B, L, H, K), (S, G) = q.shape, k.shape[1:3]
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    sums = torch.empty(2, B, H, S, dtype=torch.float32, device=q.device)
-    parts = torch.empty(2, B, H, L, PARTS, dtype=torch.float32, device=q.device)
     wide = 64 if q.dtype.itemsize == 2 and K <= 128 else 32
-    each = triton.cdiv(triton.cdiv(S, PARTS), wide) * wide
+    chunks, all_tiles = cdiv(L, wide), cdiv(S, wide)
+    sums = torch.empty(chunks, 2, B, H, S, dtype=torch.float32, device=q.device)
+    parts = torch.empty(2, B, H, L, PARTS, dtype=torch.float32, device=q.device)
+    each = cdiv(all_tiles, PARTS) * wide
+    tiles = max(1, min(32, all_tiles * chunks * B * H // PROGRAMS))
     numbers = (H, G, *q.stride()[:3], *k.stride()[:3])
     common = {
-        "K": K, "BK": max(16, triton.next_power_of_2(K)), "BL": wide, "BN": wide,
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32", "num_warps": 4,
+        "K": K, "BK": max(16, next_power_of_2(K)), "BN": wide,
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     window = ALL if window is None else window
     with on_device(q):
         part_kernel.launch(
-            (PARTS, triton.cdiv(L, wide), B * H), (q, k, parts[0], parts[1]),
-            scale, L, S, window, each, *numbers, **common, num_stages=3,
+            (PARTS, chunks, B * H), (q, k, *parts),
+            scale, L, S, window, each, *numbers, BL=wide, **common, num_warps=4, num_stages=3,
         )  # fmt: skip
         last_kernel.launch(
-            (triton.cdiv(S, wide), B * H), (q, k, parts[0], parts[1], sums[0], sums[1]),
-            scale, L, S, window, *numbers, PARTS=PARTS, **{**common, "num_warps": 8}, num_stages=1,
+            (cdiv(all_tiles, tiles), chunks, B * H), (q, k, *parts, sums),
+            scale, L, S, window, H, G, tiles, *numbers[2:], PARTS=PARTS, **common,
+            num_warps=4, num_stages=2,
         )  # fmt: skip
-    return sums
+    return sums[0] if chunks == 1 else sums.sum(0)
 
 
 @partial(Kernel, sizes=("S", "n_keys", "n_distances", "sinks", "local"))
@@ -197,7 +209,7 @@ def best(sums: Tensor, keys: tuple[int, int], distances: tuple[int, int]) -> tup
     with on_device(sums):
         best_kernel.launch(
             (B * H, 2), (sums, found_keys, found_distances), S, v, s, sinks, local,
-            BS=min(8192, max(16, triton.next_power_of_2(S))), num_warps=16,
+            BS=min(8192, max(16, next_power_of_2(S))), num_warps=16,
         )  # fmt: skip
     return found_keys, found_distances
 
@@ -262,14 +274,16 @@ def outside_kernel(
     count, reach = tl.load(COUNT + row), tl.load(REACH + row)
     done = 0
     for i in range(0, v, BV):
-        j = i + tl.arange(0, BV)
-        x = tl.load(COLUMNS + j, mask=j < v, other=-1).to(tl.int32)
-        low = _before(STARTS, x + 1, count, HALVINGS)  # the runs that start at x or before
-        begin = tl.load(STARTS + tl.maximum(low - 1, 0), mask=low > 0, other=-M)
-        single = (x >= 0) & (x < reach) & (x - begin >= M)
-        kept = single.to(tl.int32)
-        tl.store(OUT + done + tl.cumsum(kept, 0) - kept, x, mask=single)
-        done += tl.sum(kept, 0)
+        begin = tl.load(COLUMNS + i).to(tl.int32)
+        if (begin >= 0) & (begin < reach):
+            j = i + tl.arange(0, BV)
+            x = tl.load(COLUMNS + j, mask=j < v, other=-1).to(tl.int32)
+            low = _before(STARTS, x + 1, count, HALVINGS)  # the runs that start at x or before
+            last = tl.load(STARTS + tl.maximum(low - 1, 0), mask=low > 0, other=-M)
+            single = (x >= 0) & (x < reach) & (x - last >= M)
+            kept = single.to(tl.int32)
+            tl.store(OUT + done + tl.cumsum(kept, 0) - kept, x, mask=single)
+            done += tl.sum(kept, 0)
     for i in range(done, v, BV):
         tl.store(OUT + i + tl.arange(0, BV), -1, mask=i + tl.arange(0, BV) < v)
 
@@ -278,7 +292,7 @@ def blocks(columns: Tensor, distances: Tensor, T: int, S: int, size: int) -> tup
     """As :func:`subquad.policies.parts.lines.blocks`, int32, the lists as wide as any could be."""
     (B, H, v), s = columns.shape, distances.shape[2]
     columns, distances = columns.contiguous(), distances.contiguous()
-    first, last = (S - T) // size, triton.cdiv(S, size)
+    first, last = (S - T) // size, cdiv(S, size)
     R, n = last - first, min(last, s)  # each run spends a distance
     most = size * last
     nearer = torch.empty(B, H, most + 1, dtype=torch.int32, device=columns.device)
@@ -287,15 +301,15 @@ def blocks(columns: Tensor, distances: Tensor, T: int, S: int, size: int) -> tup
     single = nearer.new_empty(B, H, R, v)
     with on_device(columns):
         near_kernel.launch(
-            (triton.cdiv(most + 1, 1024), B * H), (distances, nearer), most, s,
+            (cdiv(most + 1, 1024), B * H), (distances, nearer), most, s,
             HALVINGS=s.bit_length(), BX=1024, num_warps=4,
         )  # fmt: skip
         run_kernel.launch(
-            (triton.cdiv(R, 32), B * H), (nearer, starts, count, reach), R, n, first, most, S, size,
+            (cdiv(R, 32), B * H), (nearer, starts, count, reach), R, n, first, most, S, size,
             BR=32, num_warps=1,
         )  # fmt: skip
         outside_kernel.launch(
             (R, B * H), (columns, starts, count, reach, single), R, n, v, size,
-            HALVINGS=n.bit_length(), BV=min(1024, triton.next_power_of_2(v)), num_warps=4,
+            HALVINGS=n.bit_length(), BV=min(512, next_power_of_2(v)), num_warps=4,
         )  # fmt: skip
     return starts, single

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from subquad.ops.attention.triton.configs import processors
 from subquad.ops.kernel import Kernel, on_device
+from subquad.ops.sizes import cdiv, next_power_of_2
 
 SCORED = 1 << 28  # scores of first rounds held at once
 
@@ -309,7 +310,7 @@ def search(
     (B, T, H, K), (S, G) = q.shape, k.shape[1:3]
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     begin, step = sample if rows > 1 else (0, 1)
-    R, m, F = triton.cdiv(T, rows), len(range(begin, rows, step)), H // N
+    R, m, F = cdiv(T, rows), len(range(begin, rows, step)), H // N
     BM, more = pieces(F * m)
     C, rest = heads(N // G, m)
     BT, programs, options = config(F * m, n, q.element_size())
@@ -317,7 +318,7 @@ def search(
     rounds = min(rounds, 1) if center else rounds
     common = {
         "ROWS": rows, "BEGIN": begin, "STEP": step, "CENTER": center, "K": K,
-        "BK": max(16, triton.next_power_of_2(K)), "SIZE": size, "ROUNDS": rounds,
+        "BK": max(16, next_power_of_2(K)), "SIZE": size, "ROUNDS": rounds,
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     strides = *q.stride()[:3], *k.stride()[:3]
@@ -333,15 +334,15 @@ def search(
             known = torch.empty(2 * rounds, level, dtype=torch.float32, device=q.device)
             if rounds:
                 first_kernel.launch(
-                    (many, B * G, triton.cdiv(N // G, C + rest)), (q, k, known),
+                    (many, B * G, cdiv(N // G, C + rest)), (q, k, known),
                     T, S, offset, window, first, N, G, many, n, m, level, *strides, **common,
-                    BM=max(16 // C, triton.next_power_of_2(m)), C=C, MORE=rest, BT=BT_first,
+                    BM=max(16 // C, next_power_of_2(m)), C=C, MORE=rest, BT=BT_first,
                     **first_options,
                 )  # fmt: skip
             search_kernel.launch(
                 (min(programs, B * N * many),), (q, k, known, out, places, scores),
                 T, S, offset, window, first, many, B * N * many, N, G, R, n, m, level, *strides,
-                **common, F=F, BM=BM, MORE=more, BT=BT, BN=max(16, triton.next_power_of_2(n)),
+                **common, F=F, BM=BM, MORE=more, BT=BT, BN=max(16, next_power_of_2(n)),
                 **options,
             )  # fmt: skip
     return out
@@ -365,13 +366,13 @@ def first_config(share: int, itemsize: int) -> tuple[int, int, dict[str, int]]:
 def pieces(queries: int) -> tuple[int, int]:
     """Two powers of two, at least 16 and at most 128, that hold so many: no product is wide in
     vain."""
-    first = min(128, max(16, triton.next_power_of_2(queries + 1) // 2))
+    first = min(128, max(16, next_power_of_2(queries + 1) // 2))
     rest = queries - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+    return first, max(16, next_power_of_2(rest)) if rest > 0 else 0
 
 
 def heads(share: int, m: int) -> tuple[int, int]:
     """Two powers of two of a group's heads, of up to 128 queries each."""
-    C = min(max(1, 128 // triton.next_power_of_2(m)), triton.next_power_of_2(share + 1) // 2)
+    C = min(max(1, 128 // next_power_of_2(m)), next_power_of_2(share + 1) // 2)
     rest = min(share - C, C)
-    return C, triton.next_power_of_2(rest) if rest > 0 else 0
+    return C, next_power_of_2(rest) if rest > 0 else 0

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from subquad.ops.attention.triton.walk import rows_of
 from subquad.ops.kernel import Kernel, on_device
+from subquad.ops.sizes import cdiv, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -151,16 +152,16 @@ def found_attention(
     most = 128 if q.dtype.itemsize == 2 else 64
     BQ = next(i for i in range(min(rows, most), 0, -1) if rows % i == 0)
     HG = together(H // N, BQ, most)
-    BM = max(16, triton.next_power_of_2(BQ * HG))
+    BM = max(16, next_power_of_2(BQ * HG))
     BN, options = config(BM, max(K, V), q.dtype.itemsize)
     with on_device(q):
         found_kernel.launch(
-            (triton.cdiv(T, BQ), B * (H // HG)), (q, k, v, found.contiguous(), o),
+            (cdiv(T, BQ), B * (H // HG)), (q, k, v, found.contiguous(), o),
             scale, T, S, S - T, window, sinks, H, G, N, R, n,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            K=K, V=V, BK=max(16, triton.next_power_of_2(K)), BV=max(16, triton.next_power_of_2(V)),
+            K=K, V=V, BK=max(16, next_power_of_2(K)), BV=max(16, next_power_of_2(V)),
             ROWS=rows, BQ=BQ, HG=HG, BM=BM, SIZE=size, BN=BN,
-            BL=min(2048, max(16, triton.next_power_of_2(n))),
+            BL=min(2048, max(16, next_power_of_2(n))),
             PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
             **options,
         )  # fmt: skip
@@ -174,5 +175,7 @@ def together(heads: int, BQ: int, most: int) -> int:
 
 def config(BM: int, width: int, itemsize: int) -> tuple[int, dict[str, int]]:
     """Keys of a step and launch options."""
+    if BM == 32:  # no sum goes from warp to warp; three programs a multiprocessor
+        return 64 if itemsize == 2 else 32, {"num_warps": 2, "num_stages": 2}
     warps, stages = 8 if BM == 128 else 4, 3 if width * itemsize <= 256 else 2
     return 64 if itemsize == 2 else 32, {"num_warps": warps, "num_stages": stages}

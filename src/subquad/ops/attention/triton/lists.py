@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from subquad.ops.kernel import Kernel, on_device
+from subquad.ops.sizes import cdiv, next_power_of_2
 
 MOST_RUNS = 1024  # a run of several rows is walked one row after the other
 
@@ -121,11 +121,11 @@ def of_table(table: Tensor, causal: bool, unit: int, size: int, per_row: int, S:
     R, n = table.shape[-2:]
     rows = table.shape[:-1].numel()
     lo, mid, hi = table.new_empty(3, rows)
-    BN = min(128, triton.next_power_of_2(max(n, 1)))
+    BN = min(128, next_power_of_2(max(n, 1)))
     BR = 1024 // BN
     with on_device(table):
         list_ends.launch(
-            (triton.cdiv(rows, BR),), (table, lo, mid, hi), n, rows, R, per_row, S,
+            (cdiv(rows, BR),), (table, lo, mid, hi), n, rows, R, per_row, S,
             SIZE=size, UNIT=unit, CAUSAL=causal, BR=BR, BN=BN, num_warps=4,
         )  # fmt: skip
     return Lists(lo, mid, hi, table.flatten())
@@ -136,17 +136,15 @@ def by_blocks(lists: Lists, R: int, blocks: int) -> Lists:
     those that see all of it first, of either later rows first."""
     lo, own, planes = lists.lo, (lists.lo, lists.mid, lists.hi, lists.entry), len(lists.lo) // R
     runs, bins = min(R, MOST_RUNS), 2 * planes * blocks
-    each = triton.cdiv(R, runs)
+    each = cdiv(R, runs)
     count, total = lo.new_zeros(bins, runs), lo.new_empty(bins)
     lo2, mid2, hi2 = (lo.new_empty(planes * blocks) for _ in range(3))
     row = torch.empty_like(lists.entry)
-    BR = triton.next_power_of_2(runs)
+    BR = next_power_of_2(runs)
     BB = max(1, 2048 // BR)
     with on_device(lo):
         count_rows.launch((planes * R,), (*own, count), R, blocks, runs, each, BN=64, num_warps=1)
-        rank_runs.launch(
-            (triton.cdiv(bins, BB),), (count, total), bins, runs, BB=BB, BR=BR, num_warps=4
-        )
+        rank_runs.launch((cdiv(bins, BB),), (count, total), bins, runs, BB=BB, BR=BR, num_warps=4)
         end = total.cumsum(0, dtype=torch.int32)
         deal_rows.launch(
             (runs, planes), (*own, count, total, end, lo2, mid2, hi2, row),

@@ -1,0 +1,12 @@
+"""Sizes of grids and tiles. Triton's own functions of these names, which kernels may call too, take
+some microseconds each on the host."""
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n >= 1."""
+    return 1 << (n - 1).bit_length()
