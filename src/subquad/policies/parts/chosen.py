@@ -86,14 +86,20 @@ def _kernels(
     if before:
         starts = F.pad(starts, (0, 0, before, 0), value=-1)
         columns = columns if columns is None else F.pad(columns, (0, 0, before, 0), value=-1)
-    chosen = Table(starts, copy=False)
+    lists = Table(starts, copy=False)
     if unit == size and columns is None:
-        m: masks.Mask = Blocks(chosen, size, rows)
+        m = masks.causal() & Blocks(lists, size, rows)
     else:
         single = starts[..., :0] if columns is None else columns
-        m = Spans(chosen, Table(single, copy=False), size, rows)
-    k, v = call.layer.keys, call.layer.values
-    return attention(call.q, k, v, masks.causal() & m, scale=call.scale)
+        m = masks.causal() & Spans(lists, Table(single, copy=False), size, rows)
+    q, k, v = call.q, call.layer.keys, call.layer.values
+    wide = max(q.shape[3], v.shape[3]) * q.element_size() > 512
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if wide or grad:
+        return attention(q, k, v, m, scale=call.scale)
+    from subquad.ops.attention.triton.op import forward
+
+    return forward(q, k, v, m, call.scale, S - T)[0]  # what attention() would look up is known
 
 
 def _pieces(
