@@ -153,6 +153,11 @@ def _ordered(score):
 
 
 @triton.jit
+def _score_of(x):
+    return (x ^ ((x >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _bound(x, y, low, n):
     """The largest integer that n of x and y reach, or any that n do exactly; not below ``low``."""
     high = tl.maximum(tl.max(x, 0), tl.max(y, 0))
@@ -165,61 +170,35 @@ def _bound(x, y, low, n):
 
 
 @triton.jit
-def _halves(KNOWN, FRESH, SIZES, i, n):
-    """The scores of each segment's halves. A single block is its own right half."""
-    there = i < n
-    left = tl.load(KNOWN + i, mask=there, other=0.0)
-    size = tl.load(SIZES + i, mask=there, other=0)
-    right = tl.load(FRESH + i, mask=size > 1, other=0.0)
-    return left, tl.where(size > 1, right, left), size
-
-
-@triton.jit
-def _ranks(KNOWN, FRESH, SIZES, i, n):
-    """The halves as integers in the order of their scores; the least where there is none."""
-    left, right, size = _halves(KNOWN, FRESH, SIZES, i, n)
-    x = tl.where(size > 1, _ordered(left), -2147483648)
-    return x, tl.where(size > 0, _ordered(right), -2147483648)
-
-
-@triton.jit
-def _keep(low, A, SIZES, KNOWN, FRESH, ORIGIN, i, n, TRACED: tl.constexpr):
+def _keep(left, right, low, A, SIZES, KNOWN, i, n):
     """The n best halves, by their scores, in place of n segments: the bound that they reach, which
-    is at least ``low``. TRACED, of which segment each is the left half, or (-1 - it) the right.
-
-    What is read again after a barrier need not be held in registers meanwhile.
-    """
+    is at least ``low``, and which left and right halves went where."""
     there = i < n
-    x, y = _ranks(KNOWN, FRESH, SIZES, i, n)
+    size = tl.load(SIZES + i, mask=there, other=0)
+    x = tl.where(size > 1, _ordered(left), -2147483648)
+    y = tl.where(size > 0, _ordered(right), -2147483648)
     bound = _bound(x, y, low, n)
     more = tl.sum((x > bound).to(tl.int32) + (y > bound).to(tl.int32), 0)
-    tl.debug_barrier()
-    x, y = _ranks(KNOWN, FRESH, SIZES, i, n)
     # Of those equal to it, the earlier ones, as many as are missing.
     x_ties, y_ties = (x == bound).to(tl.int32), (y == bound).to(tl.int32)
     before = tl.cumsum(x_ties + y_ties, 0) - x_ties - y_ties
     keep_x = (x > bound) | ((x_ties > 0) & (before < n - more))
     keep_y = (y > bound) | ((y_ties > 0) & (before + x_ties < n - more))
-    lefts, kept = keep_x.to(tl.int32), keep_x.to(tl.int32) + keep_y.to(tl.int32)
+    kept = keep_x.to(tl.int32) + keep_y.to(tl.int32)
     to = tl.cumsum(kept, 0) - kept
-    beyond = to + lefts
-    tl.debug_barrier()
-    left, right, _ = _halves(KNOWN, FRESH, SIZES, i, n)
-    tl.debug_barrier()
-    tl.store(KNOWN + to, left, mask=lefts > 0)
-    tl.store(KNOWN + beyond, right, mask=kept > lefts)
+    tl.debug_barrier()  # what is read again need not be held meanwhile
     a = tl.load(A + i, mask=there, other=0)
     size = tl.load(SIZES + i, mask=there, other=0)
     half = size // 2
     tl.debug_barrier()
-    tl.store(A + to, a, mask=lefts > 0)
-    tl.store(SIZES + to, half, mask=lefts > 0)
-    tl.store(A + beyond, a + half, mask=kept > lefts)
-    tl.store(SIZES + beyond, size - half, mask=kept > lefts)
-    if TRACED:
-        tl.store(ORIGIN + to, i, mask=lefts > 0)
-        tl.store(ORIGIN + beyond, -1 - i, mask=kept > lefts)
-    return bound
+    tl.store(A + to, a, mask=keep_x)
+    tl.store(SIZES + to, half, mask=keep_x)
+    tl.store(KNOWN + to, _score_of(x), mask=keep_x)
+    to += keep_x.to(tl.int32)
+    tl.store(A + to, a + half, mask=keep_y)
+    tl.store(SIZES + to, size - half, mask=keep_y)
+    tl.store(KNOWN + to, _score_of(y), mask=keep_y)
+    return bound, keep_x, to - keep_x.to(tl.int32), keep_y, to
 
 
 NUMBERS = ("T", "S", "offset", "window", "begin", "many", "tasks", "N", "G", "R", "n", "m", "level")
@@ -234,7 +213,7 @@ def search_kernel(
     SIZE: tl.constexpr, BM: tl.constexpr, MORE: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Row after row, the long ones first. A program's own PLACES ``[3,n]`` and SCORES ``[3,n]``
+    """Row after row, the long ones first. A program's own PLACES ``[3,n]`` and SCORES ``[2,n]``
     hold its segments' sizes, the halves to be scored and scores."""
     i = tl.arange(0, BN)
     there = i < n
@@ -242,9 +221,8 @@ def search_kernel(
     SIZES = PLACES + pid * 3 * n
     LEFT = SIZES + n
     RIGHT = LEFT + n
-    KNOWN = SCORES + pid * 3 * n
+    KNOWN = SCORES + pid * 2 * n
     FRESH = KNOWN + n
-    BESIDE = FRESH + n
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
         plane, ahead = task // many, many - 1 - task % many
         r = begin + ahead
@@ -268,9 +246,9 @@ def search_kernel(
             tl.store(SIZES + i, (span * (i + 1)).to(tl.int32) - a, mask=there)
             tl.debug_barrier()
             if ROUNDS:
-                given = FIRST + (plane.to(tl.int64) * many + ahead) * n
-                tl.store(KNOWN + i, tl.load(given + i, mask=there), mask=there)
-                tl.store(FRESH + i, tl.load(given + level + i, mask=there), mask=there)
+                given = FIRST + (plane.to(tl.int64) * many + ahead) * n + i
+                tl.store(KNOWN + i, tl.load(given, mask=there), mask=there)
+                tl.store(FRESH + i, tl.load(given + level, mask=there), mask=there)
             elif not CENTER:
                 # A left half has the score of the whole.
                 _score(q, q_more, keys, A, KNOWN, n, S, skt, K, BK, SIZE, BT, MORE, PRECISION)
@@ -302,23 +280,23 @@ def search_kernel(
                         PRECISION,
                     )  # fmt: skip
                     tl.debug_barrier()
-                right = FRESH
+                at = FRESH + i
                 if CENTER:
                     low = tl.full([], -2147483647, tl.int32)
-                elif turn >= ROUNDS:
-                    # The scores of right halves, each beside the left one's.
+                else:
                     parted = tl.load(SIZES + i, mask=there, other=0) > 1
-                    at = FRESH + tl.cumsum(parted.to(tl.int32), 0) - 1
-                    tl.store(BESIDE + i, tl.load(at, mask=parted), mask=parted)
-                    tl.debug_barrier()
-                    right = BESIDE
-                low = _keep(low, A, SIZES, KNOWN, right, LEFT, i, n, ROUNDS == 2)
+                    if turn >= ROUNDS:
+                        at = FRESH + tl.cumsum(parted.to(tl.int32), 0) - 1
+                    at = tl.where(parted, at, KNOWN + i)
+                left = tl.load(KNOWN + i, mask=there, other=0.0)
+                right = tl.load(at, mask=there, other=0.0)
+                low, lefts, to, rights, beyond = _keep(left, right, low, A, SIZES, KNOWN, i, n)
                 if ROUNDS == 2:  # noqa: SIM102 (only one of the two is known to the compiler)
                     if turn == 0 and span > 2:
-                        tl.debug_barrier()
-                        of = tl.load(LEFT + i, mask=there, other=0)
-                        of = tl.where(of < 0, 3 * level - 1 - of, 2 * level + of)
-                        tl.store(FRESH + i, tl.load(given + of, mask=there), mask=there)
+                        of = tl.load(given + 2 * level, mask=lefts, other=0.0)
+                        tl.store(FRESH + to, of, mask=lefts)
+                        of = tl.load(given + 3 * level, mask=rights, other=0.0)
+                        tl.store(FRESH + beyond, of, mask=rights)
                 span *= 0.5
                 turn += 1
             tl.debug_barrier()
@@ -347,7 +325,7 @@ def search(
     out = torch.empty(B, N, R, n, dtype=torch.int32, device=q.device)
     programs = min(B * N * R, programs * processors(q.device.index))
     places = torch.empty(programs, 3, n, dtype=torch.int32, device=q.device)
-    scores = torch.empty(programs, 3, n, dtype=torch.float32, device=q.device)
+    scores = torch.empty(programs, 2, n, dtype=torch.float32, device=q.device)
     most = max(1, SCORED // (2 * rounds * B * N * n)) if rounds else R
     with on_device(q):
         for first in range(0, R, most):
