@@ -144,6 +144,19 @@ def choose(
     raise ValueError(f"no implementation of {op} takes this request ({why})")
 
 
+def signature(*tensors: Any) -> tuple[Any, ...] | None:
+    """What checks and verifiers look at in a call with these tensors (or None): where it came
+    before they need not look again. None where something traces, whose sizes may be symbols."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    try:
+        seen = [t if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    except AttributeError:  # no tensor
+        return None
+    grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    return _forced.name or os.environ.get("SUBQUAD_BACKEND"), grad, *seen
+
+
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """A block in which an operation keeps its own precision where the caller's is automatic."""
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):

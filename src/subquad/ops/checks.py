@@ -105,6 +105,10 @@ def decay(t: Tensor, *, B: int, T: int, K: int) -> None:
             f"decay must be [H], [B,T,H] or [B,T,H,K] with B={B}, T={T}, K={K}, "
             f"got shape {list(t.shape)}"
         )
+
+
+def log_gate(t: Tensor) -> None:
+    """The values of a :func:`decay`."""
     if not readable(t):
         return
     most = float(t.detach().amax())

@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -24,13 +24,29 @@ import triton
 from torch import Tensor
 
 from subquad.ops.backend import interpreted
+from subquad.ops.driver import Binary, Submit
+from subquad.ops.tape import record, recording, repeatable
 
 MOST_LAUNCHES = 256  # that a kernel keeps
 
 
+def _begin() -> None:
+    """What Triton does once before its first compilation: it compiles its calls of CUDA's driver
+    and hashes its own files."""
+    if torch.version.cuda and not interpreted():
+        with suppress(Exception):  # comes again, where it is needed
+            _ = triton.runtime.driver.active
+            triton.runtime.cache.triton_key()
+
+
+# Half a second, mostly outside Python's lock, while kernels are imported.
+_beginning = threading.Thread(target=_begin, daemon=True)
+_beginning.start()
+
+
 class _Rehearsal(threading.local):
     # What was asked for, by what tells kernels apart; None outside a rehearsal.
-    wanted: dict[Hashable, Callable[[], Any]] | None = None
+    wanted: dict[tuple[Any, ...], Callable[[], Any]] | None = None
 
 
 _rehearsal = _Rehearsal()
@@ -42,15 +58,20 @@ class Kernel:
     """A Triton kernel whose arguments are tensors, then numbers, then constants.
 
     One compilation serves all values of the numbers named in ``sizes``; ``jit`` is Triton's
-    decorator or Gluon's.
+    decorator or Gluon's; those whose compilation has the greatest ``length`` are begun first.
     """
 
     def __init__(
-        self, function: Callable[..., None], sizes: Sequence[str] = (), jit: Any = triton.jit
+        self,
+        function: Callable[..., None],
+        sizes: Sequence[str] = (),
+        jit: Any = triton.jit,
+        length: int = 1,
     ) -> None:
+        self.length = length
         self.jit = jit(do_not_specialize=list(sizes))(function)
         self.interpreted = not isinstance(self.jit, triton.runtime.JITFunction)
-        self.compiled: dict[Hashable, dict[Hashable, Any]] = {}
+        self.binaries: dict[Hashable, dict[Hashable, Binary]] = {}
         self.launches: dict[Hashable, Launch] = {}
 
     def bind(self, grid: tuple[int, ...], *numbers: Any, **more: Any) -> Launch:
@@ -83,7 +104,7 @@ class Launch:
     def __init__(
         self, kernel: Kernel, grid: tuple[int, ...], numbers: tuple[Any, ...], more: dict[str, Any]
     ) -> None:
-        self.kernel, self.grid = kernel, (*grid, *(1,) * (3 - len(grid)))
+        self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
         self.numbers, self.more = numbers, more
         if kernel.interpreted:
             return
@@ -94,34 +115,76 @@ class Launch:
         kinds = [_kind(x, p) for x, p in zip(self.rest, params, strict=True)]
         options = sorted((n, x) for n, x in more.items() if n not in named)
         self.form = (_device(), *kinds, *options)
-        self.compiled = kernel.compiled.setdefault(self.form, {})
+        self.binaries = kernel.binaries.setdefault(self.form, {})
+        # What the compiled kernel still asks for.
+        self.given = [x for x, p in zip(self.rest, params, strict=True) if not _is_constant(x, p)]
+        self.ready: dict[Hashable, tuple[Submit | None, Any]] = {}
 
     def __call__(self, *tensors: Any) -> None:
         if self.kernel.interpreted:
             self.kernel.jit[self.grid](*tensors, *self.numbers, **self.more)
             return
-        dtypes = tuple([getattr(t, "dtype", None) for t in tensors])
-        found = self.compiled.get(dtypes)
-        if _rehearsal.wanted is not None:
+        forms = tuple([t.dtype if isinstance(t, Tensor) else _form(t) for t in tensors])
+        found = self.ready.get(forms)
+        if found is None or _rehearsal.wanted is not None:
+            found = self._prepare(forms, tensors)
             if found is None:
-                kinds = [t.dtype if isinstance(t, Tensor) else t for t in tensors]
+                return
+        submit, compiled = found
+        if recording.tape is not None:
+            recording.tape.launches.append((submit, tensors))
+        if submit is None:
+            compiled[self.grid](*tensors, *self.rest)
+        else:
+            submit(addresses(tensors), triton.runtime.driver.active.get_current_stream(_device()))
+
+    def _prepare(self, forms: Hashable, tensors: Sequence[Any]) -> tuple[Submit | None, Any] | None:
+        """What launches the kernel for tensors of these forms; None in a rehearsal."""
+        dtypes = tuple([getattr(t, "dtype", None) for t in tensors])
+        binary = self.binaries.get(dtypes)
+        kinds = [t.dtype if isinstance(t, Tensor) else t for t in tensors]
+        if _rehearsal.wanted is not None:
+            if binary is None:
                 key = self.kernel, self.form, dtypes
                 _rehearsal.wanted[key] = lambda: self.compile(dtypes, kinds)
-            return
-        if found is None:
-            kinds = [t.dtype if isinstance(t, Tensor) else t for t in tensors]
-            found = self.compile(dtypes, kinds)
-        if found is not None:
-            found[self.grid](*tensors, *self.rest)
-
-    def compile(self, dtypes: Hashable, kinds: Sequence[Any]) -> Any:
-        """The kernel for tensors of such kinds (a dtype, a descriptor or None)."""
-        found = self.kernel.jit.warmup(*kinds, *self.numbers, grid=self.grid, **self.more)
-        self.compiled[dtypes] = found
+            return None
+        binary = binary or self.compile(dtypes, kinds)
+        if binary is None:
+            return None
+        given = [t for t in tensors if t is not None]
+        found = binary.submit(self.grid, given, self.given), binary.compiled
+        self.ready[forms] = found
         return found
+
+    def compile(self, dtypes: Hashable, kinds: Sequence[Any]) -> Binary | None:
+        """The kernel for tensors of such kinds (a dtype, a descriptor or None), on the device."""
+        found = self.kernel.jit.warmup(*kinds, *self.numbers, grid=self.grid, **self.more)
+        if found is None:  # Triton's hook has it
+            return None
+        return self.binaries.setdefault(dtypes, Binary(found))
+
+
+def addresses(tensors: Sequence[Any]) -> list[int]:
+    """Where the tensors that are given begin.
+
+    Raises:
+        ValueError: for a tensor that is not on a GPU.
+    """
+    given = [t if isinstance(t, Tensor) else t.base for t in tensors if t is not None]
+    for t in given:
+        if not t.is_cuda:
+            raise ValueError(f"tensors of a kernel must be on a GPU, got one on {t.device}")
+    return [t.data_ptr() for t in given]
+
+
+def _form(x: Any) -> Hashable:
+    """What of a descriptor (or None) a launch keeps."""
+    return x if x is None else (*x.shape, *x.strides, *x.block_shape, x.padding)
 
 
 def _device() -> int:
+    if _beginning.is_alive():
+        _beginning.join()
     return triton.runtime.driver.active.get_current_device()
 
 
@@ -135,10 +198,18 @@ def _kind(x: Any, parameter: Any) -> Hashable:
     return str(type(x))
 
 
+def _is_constant(x: Any, parameter: Any) -> bool:
+    return parameter.is_constexpr or (not parameter.do_not_specialize and type(x) is int and x == 1)
+
+
+def ready(t: Tensor) -> bool:
+    """Whether t has no gaps and starts at a multiple of 16 bytes."""
+    return t.is_contiguous() and not t.data_ptr() % 16
+
+
 def dense(t: Tensor) -> Tensor:
-    """t, or a copy, without gaps and from a multiple of 16 bytes on."""
-    t = t.contiguous()
-    return t if t.data_ptr() % 16 == 0 else t.clone()
+    """t, or a copy that is ready."""
+    return t if ready(t) else t.clone(memory_format=torch.contiguous_format)
 
 
 def on_device(t: Tensor) -> AbstractContextManager[Any]:
@@ -181,9 +252,32 @@ def rehearse(run: Callable[[], object]) -> None:
 
     def ready(compile: Callable[[], Any]) -> None:
         with torch.cuda.device(device):
-            found = compile()
-            _ = found and found.run  # brings it to the device
+            compile()
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        # From the last on: those of a backward pass take longest, and none should be left alone.
-        list(threads.map(ready, reversed(wanted.values())))
+        # The longest first, none of which should be left alone: by what is known of them, else
+        # those of a backward pass, which come last.
+        order = [*reversed(wanted)]
+        order.sort(key=lambda key: -key[0].length)
+        list(threads.map(ready, [wanted[key] for key in order]))
+
+
+def repeated(
+    known: dict[Hashable, Any],
+    key: Hashable,
+    run: Callable[..., Any],
+    *inputs: Tensor | None,
+    constants: Callable[[], Sequence[Tensor]] = tuple,
+) -> Any:
+    """``run(*inputs)``, recorded (:mod:`~subquad.ops.tape`) at its first call of a ``key`` and from
+    then on repeated; ``known`` keeps what was recorded, None for what cannot be repeated."""
+    if _rehearsal.wanted is not None:
+        return run(*inputs)
+    found = known.get(key)
+    if found:
+        return found(*inputs)
+    if key in known or interpreted():
+        return run(*inputs)
+    out, did = record(lambda: run(*inputs))
+    known[key] = repeatable(did, inputs, out, constants())
+    return out

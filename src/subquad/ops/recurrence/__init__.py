@@ -17,7 +17,7 @@ from torch import Tensor, float32, is_grad_enabled
 from torch import dtype as Dtype
 
 from subquad.ops import checks
-from subquad.ops.backend import Backend, Request, choose, without_autocast
+from subquad.ops.backend import Backend, Request, choose, signature, without_autocast
 from subquad.ops.recurrence.linear import linear_attention
 from subquad.ops.recurrence.triton.gate import verify
 
@@ -36,6 +36,10 @@ BACKENDS = (
     Backend("torch", _always, "subquad.ops.recurrence.torch:recurrence"),
     Backend("reference", _always, "subquad.ops.recurrence.reference:recurrence"),
 )
+
+
+MOST_KNOWN = 512
+_known: dict[tuple[Any, ...], Any] = {}  # what runs a call whose arguments were right before
 
 
 def request(
@@ -100,6 +104,37 @@ def recurrence(
         ValueError: for shapes, head counts, dtypes or boundaries that do not fit, and for a decay
             that is NaN or positive.
     """
+    known = signature(q, k, v, decay, beta, state, cu_seqlens)
+    run = known and _known.get((form, backend, known))
+    if not run:
+        run = _implementation(q, k, v, decay, beta, state, cu_seqlens, form, backend)
+        if known:
+            if len(_known) >= MOST_KNOWN:
+                _known.clear()
+            _known[form, backend, known] = run
+    if decay is not None:
+        checks.log_gate(decay)
+    if cu_seqlens is not None:
+        checks.cu_seqlens(cu_seqlens, B=q.shape[0], T=q.shape[1])
+    with without_autocast(q.device.type):
+        return run(
+            q,
+            k,
+            v,
+            decay=decay,
+            beta=beta,
+            scale=q.shape[3] ** -0.5 if scale is None else scale,
+            state=state,
+            cu_seqlens=cu_seqlens,
+            form=form,
+        )
+
+
+def _implementation(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None,
+    state: Tensor | None, cu_seqlens: Tensor | None, form: Form, backend: str | None,
+) -> Any:  # fmt: skip
+    """What runs a call, once its arguments are right."""
     checks.one_of("form", form, FORMS)
     checks.shapes({"q": (q, "B T Hq K"), "k": (k, "B T Hk K"), "v": (v, "B T Hv V")})
     checks.same_dtype({"q": q, "k": k, "v": v})
@@ -128,16 +163,4 @@ def recurrence(
     asked = request(
         B=B, T=T, H=H, K=K, V=v.shape[3], device=q.device.type, dtype=q.dtype, form=form, **traits
     )
-    run = choose("recurrence", BACKENDS, asked, backend).load()
-    with without_autocast(q.device.type):
-        return run(
-            q,
-            k,
-            v,
-            decay=decay,
-            beta=beta,
-            scale=K**-0.5 if scale is None else scale,
-            state=state,
-            cu_seqlens=cu_seqlens,
-            form=form,
-        )
+    return choose("recurrence", BACKENDS, asked, backend).load()

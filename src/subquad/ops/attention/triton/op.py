@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ from subquad.ops.attention.triton.configs import config, processors
 from subquad.ops.attention.triton.forward import attention_forward
 from subquad.ops.attention.triton.index import BAND, Index, arguments, of_choice, of_mask
 from subquad.ops.kernel import on_device
+from subquad.ops.tape import Repeat, empty
 
 TILE, SMALL_TILE = 128, 64
 WELL_FILLED = 0.4  # smaller tiles are taken where less than this share of the large ones is kept
 MOST_ROWS = 128  # of a program
+MOST_KNOWN = 128
+_known: dict[Hashable, Repeat | None] = {}  # calls that were recorded
 HOPPER = {"forward", "grad_q", "grad_kv"}  # those that have a kernel for such GPUs
 
 
@@ -95,6 +99,12 @@ class Launch:
             "PER_ROW": self.index.per_row, "SIZE": self.index.size, "KIND": self.index.kind,
             "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32",
         }  # fmt: skip
+
+    def constants(self) -> list[Tensor]:
+        """The tensors among all kernels' arguments that are the mask's."""
+        turned = self.index.turned
+        found = *self.lists(), *(arguments(turned) if turned else ())
+        return [t for t in found if t is not None]
 
     def key_tiles(
         self, k: Tensor, v: Tensor, step: int
@@ -202,8 +212,12 @@ def forward(
     q, k, v = (_dense_last(x) for x in (q, k, v))
     if scale < 0:
         q, scale = -q, -scale
-    launch = prepare(q, k, v, mask, offset)
     trains = q.requires_grad or k.requires_grad or v.requires_grad
+    key = _key(mask, (q, k, v), "forward", scale, offset, trains)
+    if found := _known.get(key):
+        with on_device(q):
+            return tuple(found(q, k, v))
+    launch = prepare(q, k, v, mask, offset)
     if trains and not kernel.met(launch.form):
 
         def rehearsal() -> None:
@@ -211,30 +225,56 @@ def forward(
             backward(o, lse, q, k, v, o, lse, mask, scale, offset)
 
         kernel.rehearse(rehearsal)
+    with on_device(q):
+        return _repeated(key, partial(_forward, launch, scale), launch, q, k, v)
+
+
+def _forward(
+    launch: Launch, scale: float, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
     rows, heads = launch.programs
     parts = _parts(launch, rows * heads)
+    lead = (parts,) if parts > 1 else ()
+    dtype = torch.float32 if parts > 1 else v.dtype
+    o = empty(v, *lead, *q.shape[:3], launch.V, dtype=dtype)
+    lse = empty(q, *lead, *q.shape[:3], dtype=torch.float32)
     if parts == 1 and launch.divides_warps("forward", q, k, v):
         from subquad.ops.attention.triton.hopper import launch as hopper
 
-        o, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        with on_device(q):
-            hopper.forward(launch, q, k, v, o, lse, scale)
+        hopper.forward(launch, q, k, v, o, lse, scale)
         return o, lse
     step, options = launch.config("forward")
     tiles, bulk = launch.key_tiles(k, v, step)
-    o = v.new_empty(parts, *q.shape[:3], launch.V, dtype=torch.float32 if parts > 1 else v.dtype)
-    lse = q.new_empty(parts, *q.shape[:3], dtype=torch.float32)
-    with on_device(q):
-        attention_forward.launch(
-            (rows * parts, heads), (q, k, v, *tiles, o, lse, *launch.lists()),
-            scale, *launch.sizes(),
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], lse[0].numel(),
-            **launch.dims(), **launch.rows(), BN=step, PARTS=parts, BULK=bulk, **options,
-        )  # fmt: skip
+    attention_forward.launch(
+        (rows * parts, heads), (q, k, v, *tiles, o, lse, *launch.lists()),
+        scale, *launch.sizes(),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], lse.numel() // parts,
+        **launch.dims(), **launch.rows(), BN=step, PARTS=parts, BULK=bulk, **options,
+    )  # fmt: skip
     if parts == 1:
-        return o[0], lse[0]
+        return o, lse
     o_whole, lse_whole = merge(list(zip(o, lse, strict=True)))
     return o_whole.to(v.dtype), lse_whole
+
+
+def _key(mask: Mask, tensors: tuple[Tensor, ...], *rest: Any) -> Hashable:
+    """What decides a call's launches, None where they change from call to call: for choices made on
+    the device and tensors that start anywhere; and in a rehearsal."""
+    if (
+        kernel.rehearsing()
+        or masks.choice(mask) is not None
+        or any(t.data_ptr() % 16 for t in tensors)
+    ):
+        return None
+    return (mask, *rest, *[(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+
+
+def _repeated(key: Hashable, run: Callable[..., Any], launch: Launch, *tensors: Any) -> Any:
+    if key is None:
+        return run(*tensors)
+    if len(_known) >= MOST_KNOWN:
+        _known.clear()
+    return kernel.repeated(_known, key, run, *tensors, constants=launch.constants)
 
 
 def _parts(launch: Launch, programs: int) -> int:
@@ -252,66 +292,79 @@ def backward(
     mask: Mask, scale: float, offset: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     q, k, v, do = (_dense_last(x) for x in (q, k, v, do))
+    inputs = (do, dlse.contiguous(), q, k, v, o, lse)
+    key = _key(mask, inputs, "backward", scale, offset)
+    if found := _known.get(key):
+        with on_device(q):
+            return tuple(found(*inputs))
     launch = prepare(q, k, v, mask, offset)
-    index, (B, T, H) = launch.index, q.shape[:3]
-    delta, lse2 = lse.new_empty(2, B, H, triton.cdiv(T, TILE) * TILE)
-    taken = index.plane.new_empty(2, 4)  # a counter each for two kernels, where one may begin
-    dims, lists = launch.dims(), launch.lists()
     with on_device(q):
-        grads.attention_delta.launch(
-            (triton.cdiv(T, TILE), B * H),
-            (o, do, lse, dlse.contiguous(), delta, lse2, taken), T, H,
-            o.stride(1), o.stride(2), o.stride(0), do.stride(1), do.stride(2), do.stride(0),
-            V=launch.V, BV=dims["BV"], BM=TILE, num_warps=8,
-        )  # fmt: skip
-        turned = index.by_keys(triton.cdiv(launch.S, index.size)) if index.size % 64 == 0 else None
-        strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if launch.divides_warps("grad_q", q, k, v, do):
-            from subquad.ops.attention.triton.hopper import launch as hopper
+        return _repeated(key, partial(_backward, launch, scale), launch, *inputs)
 
-            hopper.grad_q(launch, q, k, v, do, lse2, delta, taken[0], dq, scale)
-        else:
-            step, options = launch.config("grad_q")
-            own = launch.narrowed(options.pop("queries", MOST_ROWS))
-            tiles, bulk = own.key_tiles(k, v, step)
-            grads.attention_grad_q.launch(
-                own.programs, (q, k, v, *tiles, do, lse2, delta, dq, *lists),
-                scale, *own.sizes(), *strides,
-                **dims, **own.rows(), BN=step, BULK=bulk, **options,
-            )  # fmt: skip
-        if turned is None and index.kind != BAND:
-            dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
-            step, options = launch.config("scatter_kv")
-            walked = (lists[0], *lists[2:4], *lists[6:])
-            grads.attention_scatter_kv.launch(
-                launch.programs, (q, k, v, do, lse2, delta, dk, dv, *walked),
-                scale, *launch.sizes(), *strides,
-                **dims, **launch.rows(), BN=step, **options,
-            )  # fmt: skip
-            return dq, dk.to(k.dtype), dv.to(v.dtype)
-        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=q.device) for x in (k, v))
-        if launch.divides_warps("grad_kv", q, k, v, do):
-            from subquad.ops.attention.triton.hopper import launch as hopper
 
-            hopper.grad_kv(launch, turned, q, k, v, do, lse2, delta, taken[1], dk, dv, scale)
-            return dq, dk, dv
-        step, options = launch.config("grad_kv", index.per_row * launch.HG)
-        keys, upright = options.pop("keys"), bool(options.pop("upright", 0))
-        BN = keys if index.size % keys == 0 else 64
-        blocks = triton.cdiv(launch.S, index.size)
-        aligned = T % index.per_row == 0 and index.shift == 0
-        tiles, bulk = launch.tiles((q, do), step, index.per_row, aligned and launch.HG == 1)
-        bulk = bulk and launch.HG == 1
-        tensors = (
-            q, k, v, do, *tiles, lse2, delta, dk, dv, *arguments(turned), index.table, index.plane,
+def _backward(
+    launch: Launch, scale: float, do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    o: Tensor, lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    offset = launch.offset
+    index, (B, T, H) = launch.index, q.shape[:3]
+    delta, lse2 = empty(lse, 2, B, H, triton.cdiv(T, TILE) * TILE)
+    taken = empty(index.plane, 2, 4)  # a counter each for two kernels, where one may begin
+    dims, lists = launch.dims(), launch.lists()
+    grads.attention_delta.launch(
+        (triton.cdiv(T, TILE), B * H),
+        (o, do, lse, dlse, delta, lse2, taken), T, H,
+        o.stride(1), o.stride(2), o.stride(0), do.stride(1), do.stride(2), do.stride(0),
+        V=launch.V, BV=dims["BV"], BM=TILE, num_warps=8,
+    )  # fmt: skip
+    turned = index.by_keys(triton.cdiv(launch.S, index.size)) if index.size % 64 == 0 else None
+    strides = [s for x in (q, k, v, do) for s in x.stride()[:3]]
+    dq = empty(q, *q.shape)
+    if launch.divides_warps("grad_q", q, k, v, do):
+        from subquad.ops.attention.triton.hopper import launch as hopper
+
+        hopper.grad_q(launch, q, k, v, do, lse2, delta, taken[0], dq, scale)
+    else:
+        step, options = launch.config("grad_q")
+        own = launch.narrowed(options.pop("queries", MOST_ROWS))
+        tiles, bulk = own.key_tiles(k, v, step)
+        grads.attention_grad_q.launch(
+            own.programs, (q, k, v, *tiles, do, lse2, delta, dq, *lists),
+            scale, *own.sizes(), *strides,
+            **dims, **own.rows(), BN=step, BULK=bulk, **options,
         )  # fmt: skip
-        grads.attention_grad_kv.launch(
-            (blocks * (index.size // BN), B * launch.G), tensors,
-            scale, T, launch.S, offset, index.shift, blocks, H, launch.G, *index.shape,
-            *index.bounds, *strides, **dims,
-            BM=step, BN=BN, BULK=bulk, UPRIGHT=upright, **options,
+    if turned is None and index.kind != BAND:
+        dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=q.device) for x in (k, v))
+        step, options = launch.config("scatter_kv")
+        walked = (lists[0], *lists[2:4], *lists[6:])
+        grads.attention_scatter_kv.launch(
+            launch.programs, (q, k, v, do, lse2, delta, dk, dv, *walked),
+            scale, *launch.sizes(), *strides,
+            **dims, **launch.rows(), BN=step, **options,
         )  # fmt: skip
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
+    dk, dv = (empty(x, *x.shape) for x in (k, v))
+    if launch.divides_warps("grad_kv", q, k, v, do):
+        from subquad.ops.attention.triton.hopper import launch as hopper
+
+        hopper.grad_kv(launch, turned, q, k, v, do, lse2, delta, taken[1], dk, dv, scale)
+        return dq, dk, dv
+    step, options = launch.config("grad_kv", index.per_row * launch.HG)
+    keys, upright = options.pop("keys"), bool(options.pop("upright", 0))
+    BN = keys if index.size % keys == 0 else 64
+    blocks = triton.cdiv(launch.S, index.size)
+    aligned = T % index.per_row == 0 and index.shift == 0
+    tiles, bulk = launch.tiles((q, do), step, index.per_row, aligned and launch.HG == 1)
+    bulk = bulk and launch.HG == 1
+    tensors = (
+        q, k, v, do, *tiles, lse2, delta, dk, dv, *arguments(turned), index.table, index.plane,
+    )  # fmt: skip
+    grads.attention_grad_kv.launch(
+        (blocks * (index.size // BN), B * launch.G), tensors,
+        scale, T, launch.S, offset, index.shift, blocks, H, launch.G, *index.shape,
+        *index.bounds, *strides, **dims,
+        BM=step, BN=BN, BULK=bulk, UPRIGHT=upright, **options,
+    )  # fmt: skip
     return dq, dk, dv
 
 

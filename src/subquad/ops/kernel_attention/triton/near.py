@@ -10,8 +10,12 @@ Legend: t row of a query, i = t + offset its column, j column of a key, BM rows 
 tile, C, BEFORE, WINDOW as in :class:`~subquad.ops.kernel_attention.exact.Band`.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
+
+from subquad.ops.kernel import Kernel
 
 SIZES = ["T", "S", "H", "G", "offset", "C", "BEFORE", "WINDOW"]  # none costs a compilation
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -39,7 +43,7 @@ def _first(t, offset, C, BEFORE, WINDOW):
     return tl.maximum(0, offset + tl.maximum((t // C - BEFORE) * C, t - WINDOW + 1))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@partial(Kernel, sizes=SIZES)
 def near_forward(
     Q, K_, V_, QI, KI, N, DEN, TOP, ARG, scale, T, S, H, G, offset, C, BEFORE, WINDOW,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sqi, ski,
@@ -91,7 +95,7 @@ def near_forward(
     tl.store(ARG + row, arg, mask=t < T)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@partial(Kernel, sizes=SIZES)
 def near_queries(
     Q, K_, V_, QI, KI, DN, DD, TOP, ARG, SUM, DQ, scale, T, S, H, G, offset, C, BEFORE, WINDOW,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sqi, ski,
@@ -134,7 +138,7 @@ def near_queries(
     )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@partial(Kernel, sizes=SIZES)
 def near_keys(
     Q, K_, V_, QI, KI, DN, DD, TOP, ARG, SUM, DK, DV, scale, T, S, H, G, offset, C, BEFORE, WINDOW,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh, sqi, ski,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +14,21 @@ from subquad.ops import kernel
 from subquad.ops.kernel import Launch
 from subquad.ops.recurrence.triton import configs
 from subquad.ops.recurrence.triton.grads import grads, score_grads
-from subquad.ops.recurrence.triton.layout import NAMES, C, Plan, cdiv, plan, tables
+from subquad.ops.recurrence.triton.layout import (
+    NAMES,
+    C,
+    Plan,
+    cdiv,
+    keeps,
+    link_rows,
+    plan,
+    tables,
+)  # fmt: skip
 from subquad.ops.recurrence.triton.prepare import prepare
 from subquad.ops.recurrence.triton.scan import combine, scan
 from subquad.ops.recurrence.triton.scan_back import scan_back
 from subquad.ops.recurrence.triton.step import step
+from subquad.ops.tape import empty, pieces
 
 # exp(LIMIT) and its inverse times an input stay representable (see prepare.py).
 LIMITS = {torch.float16: 6.0, torch.bfloat16: 80.0, torch.float32: 80.0}
@@ -59,31 +70,31 @@ def _prepare(p: Plan, scale: float, fine: bool, strong: bool) -> Launch:
     )  # fmt: skip
 
 
-def room(p: Plan, v: Tensor, fine: bool) -> Ready:
-    """Memory for what :mod:`prepare` writes."""
+def room(p: Plan, v: Tensor, fine: bool, given: Mapping[str, Tensor]) -> Ready:
+    """Memory for what :mod:`prepare` writes, some of it given."""
     channel, chunks, float32 = p.decay == "channel", (p.chunks, p.H), torch.float32
 
-    def new(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
-        return v.new_empty(*chunks, *shape, dtype=dtype)
+    def new(name: str, *shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
+        return given[name] if name in given else empty(v, *chunks, *shape, dtype=dtype)
 
     return Ready(
-        A=new(C, C),
-        AL=new(C, C) if fine else None,
-        P=new(C, C) if p.delta else None,
-        BS=new(C, dtype=float32) if p.delta else None,
-        QG=new(C, p.K) if channel else None,
-        KG=new(C, p.K) if channel else None,
-        KW=new(C, p.K) if channel and p.delta else None,
-        GS=None if p.decay == "none" else new(3 * (p.K if channel else C), dtype=float32),
-        flag=new(dtype=torch.int32) if channel else None,
+        A=new("A", C, C),
+        AL=new("AL", C, C) if fine else None,
+        P=new("P", C, C) if p.delta else None,
+        BS=new("BS", C, dtype=float32) if p.delta else None,
+        QG=new("QG", C, p.K) if channel else None,
+        KG=new("KG", C, p.K) if channel else None,
+        KW=new("KW", C, p.K) if channel and p.delta else None,
+        GS=None if p.decay == "none" else new("GS", 3 * (p.K if channel else C), dtype=float32),
+        flag=new("flag", dtype=torch.int32) if channel else None,
     )
 
 
-def prepared(p: Plan, q, k, decay, beta, scale: float, table, fine: bool) -> Ready:
+def prepared(p: Plan, q, k, decay, beta, scale: float, table, fine: bool, given) -> Ready:
     """What :mod:`prepare` writes; without a launch where the passes need none of it."""
     if p.fuse:
         return Ready()
-    out = room(p, q, fine)
+    out = room(p, q, fine, given)
     if p.bulk_prepare:
         BK = p.config("prepare")["BK"]
         q, k = described(p, BK, q, k, width=BK)
@@ -174,50 +185,50 @@ def _combine(p: Plan, init: bool, rows: tuple[int, int, int], back: bool) -> Lau
 
 def forward(
     q, k, v, decay, beta, state, cu, *, scale: float, trains: bool = False
-) -> tuple[Tensor, ...]:
-    """o, the final state, and what the backward pass takes over: for a split sequence the states
-    before its segments and their transitions, and where ``trains`` says that it will come what it
-    would else prepare again (:func:`kept`); empty where there is nothing."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final state, and the bytes that the backward pass takes over (:func:`keeps`); where
+    ``trains`` says that it will come, they hold what it would else prepare again."""
     p = plan(q, k, v, decay, beta, cu)
     if not met(p, state is None, trains):
         inputs = (q, k, v, decay, beta, state, cu)
 
         def rehearsal() -> None:
-            o, _, *rest = forward(*inputs, scale=scale, trains=trains)
+            o, _, kept = forward(*inputs, scale=scale, trains=trains)
             if trains:
-                backward(o, None, *inputs, *rest, scale=scale)
+                backward(o, None, *inputs, kept, scale=scale)
 
         kernel.rehearse(rehearsal)
-    table, first, chunk_table = tables(p, cu)
-    o = v.new_empty(p.B, p.T, p.H, p.V)
-    final = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
-    ready = prepared(p, q, k, decay, beta, scale, chunk_table, p.fine)
+    o, final, kept = repeated(
+        p, _forward, (scale, trains), q, k, v, decay, beta, state, *tables(p, cu)
+    )
+    return o, final, kept
+
+
+def _forward(
+    p: Plan, scale: float, trains: bool, q, k, v, decay, beta, state, table, first, chunk_table
+) -> tuple[Tensor, Tensor, Tensor]:
+    o = empty(v, p.B, p.T, p.H, p.V)
+    final = empty(v, p.N, p.H, p.K, p.V, dtype=torch.float32)
+    kept = empty(v, p.bytes(trains), dtype=torch.uint8)
+    given = pieces(kept, keeps(p, trains))
+    ready = prepared(p, q, k, decay, beta, scale, chunk_table, p.fine, given)
     args = (p, q, k, v, decay, ready)
-    starts, link = carried(p, v)
     if p.split:
+        starts, link = given["starts"], given["link"]
         rows, from_row = link_rows(p)
-        local = link if p.delta else v.new_empty(p.segments, p.H, rows, p.K, dtype=torch.float32)
+        local = link if p.delta else empty(v, p.segments, p.H, rows, p.K, dtype=torch.float32)
         run_scan(*args, state, scale, table, LOCAL=local, TOTAL=link)
         carry = _combine(p, state is not None, (rows, rows, from_row), False)
         carry(local, link, state, first, starts)
         state = starts
     run_scan(*args, state, scale, table, O=o, FINAL=final)
-    return o, final, starts, link, *kept(p, v, ready, trains)
+    return o, final, kept
 
 
-def kept(
-    p: Plan, v: Tensor, ready: Ready | None, trains: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the backward pass need not prepare again: A, P, BS and GS, or empty tensors. A decay per
-    channel would keep gated queries and keys, too, and prepares again. Without ``ready``: memory
-    for it."""
-    if not trains or p.decay == "channel" or p.fuse:
-        ready = Ready()
-    elif ready is None:
-        ready = room(p, v, False)
-    found = (ready.A, ready.P, ready.BS, ready.GS)
-    A, P, BS, GS = (v.new_empty(0) if t is None else t for t in found)
-    return A, P, BS, GS
+def repeated(p: Plan, run: Callable[..., Any], kind: tuple[Any, ...], *inputs: Any) -> Any:
+    """``run(p, *kind, *inputs)``, at the second call of its kind by what was recorded."""
+    key = (run, kind, *[t is None for t in inputs])
+    return kernel.repeated(p.repeats, key, partial(run, p, *kind), *inputs)
 
 
 def met(p: Plan, *kind: Hashable) -> bool:
@@ -229,72 +240,71 @@ def met(p: Plan, *kind: Hashable) -> bool:
     return found
 
 
-def carried(p: Plan, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for :func:`forward`'s last two results."""
-    if not p.split:
-        return v.new_empty(0, dtype=torch.float32), v.new_empty(0, dtype=torch.float32)
-    starts = v.new_empty(p.segments, p.H, p.K, p.V, dtype=torch.float32)
-    if p.delta:
-        return starts, starts.new_empty(p.segments, p.H, link_rows(p)[0], p.K)
-    return starts, starts.new_empty(p.segments, p.H, p.K if p.decay == "channel" else 1)
-
-
-def link_rows(p: Plan) -> tuple[int, int]:
-    """Rows of a segment's result, and the first of those that hold its transition."""
-    block = p.scan["BV"]
-    values = cdiv(p.V, block) * block
-    return values + (cdiv(p.K, block) * block if p.delta else 0), values
-
-
 def backward(
-    do, dfinal, q, k, v, decay, beta, state, cu, starts, link, A, P, BS, GS, *, scale: float
+    do, dfinal, q, k, v, decay, beta, state, cu, kept, *, scale: float
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, decay, beta (float32, or None) and state, each with all H heads."""
     p = plan(q, k, v, decay, beta, cu)
     if not met(p, state is None, dfinal is None, "backward"):
-        inputs = (do, dfinal, q, k, v, decay, beta, state, cu, starts, link, A, P, BS, GS)
+        inputs = (do, dfinal, q, k, v, decay, beta, state, cu, kept)
         kernel.rehearse(lambda: backward(*inputs, scale=scale))
-    table, first, chunk_table = tables(p, cu)
-    if A.numel():
-        given = {"P": P, "BS": BS} if p.delta else {}
-        ready = Ready(A, **given, GS=GS if p.decay == "head" else None)
+    trained = kept.shape[0] == p.bytes(True)
+    dq, dk, dv, dg, db, dstate = repeated(
+        p, _backward, (scale, trained), do, dfinal, q, k, v, decay, beta, state, kept,
+        *tables(p, cu),
+    )  # fmt: skip
+    if p.parts > 1:
+        dg = dg if dg is None or p.decay == "channel" else dg.sum(0)
+        db = None if db is None else db.sum(0)
+    return dq, dk, dv, dg, db, dstate
+
+
+def _backward(
+    p: Plan, scale: float, trained: bool, do, dfinal, q, k, v, decay, beta, state, kept,
+    table, first, chunk_table,
+):  # fmt: skip
+    given = pieces(kept, keeps(p, trained))
+    if "A" in given:
+        ready = Ready(**{n: t for n, t in given.items() if n in Ready._fields})
     else:
-        ready = prepared(p, q, k, decay, beta, scale, chunk_table, False)
+        ready = prepared(p, q, k, decay, beta, scale, chunk_table, False, {})
+    starts, link = (given["starts"], given["link"]) if p.split else (None, None)
     # The states before every chunk are computed again: storing them costs more than the pass.
-    before = v.new_empty(p.chunks, p.H, p.V, p.K)
-    new = v.new_empty(p.B, p.T, p.H, p.V) if p.delta else None
+    before = empty(v, p.chunks, p.H, p.V, p.K)
+    new = empty(v, p.B, p.T, p.H, p.V) if p.delta else None
     init = starts if p.split else state
     run_scan(p, q, k, v, decay, ready, init, scale, table, HS=before, D=new)
 
     ends = dfinal
     if p.split:
-        local = v.new_empty(p.segments, p.H, p.V, p.K, dtype=torch.float32)
+        local = empty(v, p.segments, p.H, p.V, p.K, dtype=torch.float32)
         run_back(p, q, k, decay, do, ready, None, scale, table, LOCAL=local)
-        ends = torch.empty_like(starts)
+        ends = empty(v, p.segments, p.H, p.K, p.V, dtype=torch.float32)
         rows, from_row = link_rows(p)
         carry = _combine(p, dfinal is not None, (p.V, rows, from_row), True)
         carry(local, link, dfinal, first, ends)
-    after = torch.empty_like(before)
-    through = v.new_empty(p.B, p.T, p.H, p.V)
-    dstate = v.new_empty(p.N, p.H, p.K, p.V, dtype=torch.float32)
+    after = empty(v, *before.shape)
+    through = empty(v, p.B, p.T, p.H, p.V)
+    dstate = empty(v, p.N, p.H, p.K, p.V, dtype=torch.float32)
     run_back(
         p, q, k, decay, do, ready, ends, scale, table, OUT=through, HS=after, START=dstate
     )  # fmt: skip
 
-    dq = q.new_empty(p.B, p.T, p.H, p.K)
-    dk = torch.empty_like(dq)
-    dv = torch.empty_like(through) if p.delta else through
+    dq = empty(q, p.B, p.T, p.H, p.K)
+    dk = empty(q, *dq.shape)
+    dv = empty(v, *through.shape) if p.delta else through
     dg = db = None
+    parts = (p.parts,) if p.parts > 1 else ()
     if p.decay == "channel":
-        dg = q.new_empty(p.B, p.T, p.H, p.K, dtype=torch.float32)
+        dg = empty(q, p.B, p.T, p.H, p.K, dtype=torch.float32)
     elif p.decay == "head":
-        dg = q.new_empty(p.parts, p.B, p.T, p.H, dtype=torch.float32)
+        dg = empty(q, *parts, p.B, p.T, p.H, dtype=torch.float32)
     if p.delta:
-        db = q.new_empty(p.parts, p.B, p.T, p.H, dtype=torch.float32)
+        db = empty(q, *parts, p.B, p.T, p.H, dtype=torch.float32)
     da = y = None
     if not p.alone:
-        da = v.new_empty(p.chunks, p.H, C, C)
-        y = torch.empty_like(da) if p.delta else None
+        da = empty(v, p.chunks, p.H, C, C)
+        y = empty(v, *da.shape) if p.delta else None
         _score_grads(p, scale)(
             v, decay, beta, do, new, through, ready.GS, chunk_table, da, y, dv, db
         )  # fmt: skip
@@ -308,13 +318,7 @@ def backward(
             q, k, v, decay, beta, do, D, through, F, HS, DHS, da, y, ready.GS, ready.flag,
             chunk_table, dq, dk, dv, dg, db,
         )  # fmt: skip
-    dg = dg if dg is None or p.decay == "channel" else _joined(dg)
-    db = None if db is None else _joined(db)
-    return dq, dk, dv, dg, db, dstate
-
-
-def _joined(parts: Tensor) -> Tensor:
-    return parts[0] if parts.shape[0] == 1 else parts.sum(0)
+    return dq, dk, dv, dg, db, None if state is None else dstate
 
 
 @bound

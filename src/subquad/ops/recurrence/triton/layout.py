@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from subquad.ops import tape
 from subquad.ops.kernel import Launch
 from subquad.ops.recurrence.triton import configs
 
@@ -53,7 +54,7 @@ def slots(cu: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True, eq=False)
 class Plan:
     """How calls of one shape are laid out: sizes, segments and chunks, head counts of the inputs as
-    the kernels' arguments, and the launches made so far."""
+    the kernels' arguments, and the launches calls made so far."""
 
     B: int
     T: int
@@ -71,6 +72,7 @@ class Plan:
     chunks: int
     heads: dict[str, int]
     launches: dict[Hashable, Launch] = field(default_factory=dict)
+    repeats: dict[Hashable, tape.Repeat | None] = field(default_factory=dict)
     met: set[Hashable] = field(default_factory=set)
 
     @property
@@ -129,6 +131,14 @@ class Plan:
             self.split, self.fuse, self.bulk,
         )  # fmt: skip
 
+    def bytes(self, trains: bool) -> int:
+        """Memory for what a backward pass takes over."""
+        return self.kept_in_training if trains else tape.size(keeps(self, False))
+
+    @cached_property
+    def kept_in_training(self) -> int:
+        return tape.size(keeps(self, True))
+
     @property
     def precision(self) -> str:
         return "tf32x3" if self.dtype == torch.float32 else "tf32"
@@ -161,6 +171,32 @@ class Plan:
 
     def pick(self, *names: str) -> dict[str, int]:
         return {n: self.heads[n] for n in names}
+
+
+def link_rows(p: Plan) -> tuple[int, int]:
+    """Rows of a segment's result, and the first of those that hold its transition."""
+    block = p.scan["BV"]
+    values = cdiv(p.V, block) * block
+    return values + (cdiv(p.K, block) * block if p.delta else 0), values
+
+
+def keeps(p: Plan, trains: bool) -> tape.Shapes:
+    """What the backward pass takes over: for a split sequence the states before its segments and
+    their transitions; if it ``trains`` A, P, BS and GS. (A decay per channel would keep gated
+    queries and keys, too, and prepares again.)"""
+    found: tape.Shapes = {}
+    if p.split:
+        float32, heads = torch.float32, (p.segments, p.H)
+        rows = (link_rows(p)[0], p.K) if p.delta else (p.K if p.decay == "channel" else 1,)
+        found = {"starts": ((*heads, p.K, p.V), float32), "link": ((*heads, *rows), float32)}
+    if trains and p.decay != "channel" and not p.fuse:
+        chunks = (p.chunks, p.H)
+        found["A"] = ((*chunks, C, C), p.dtype)
+        if p.delta:
+            found |= {"P": ((*chunks, C, C), p.dtype), "BS": ((*chunks, C), torch.float32)}
+        if p.decay == "head":
+            found["GS"] = ((*chunks, 3 * C), torch.float32)
+    return found
 
 
 class Tables(NamedTuple):

@@ -71,12 +71,11 @@ def _forward(
     cu_seqlens: Tensor | None,
     scale: float,
     trains: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     with on_device(q):
-        out: tuple[Any, ...] = launch.forward(
+        return launch.forward(
             *_dense(q, k, v, decay, beta, state, cu_seqlens), scale=scale, trains=trains
         )
-    return out
 
 
 @operation("recurrence_backward")
@@ -90,30 +89,24 @@ def _backward(
     beta: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
-    starts: Tensor,
-    link: Tensor,
-    A: Tensor,
-    P: Tensor,
-    BS: Tensor,
-    GS: Tensor,
+    kept: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = _dense(q, k, v, decay, beta, state)
-    more = _dense(cu_seqlens, starts, link, A, P, BS, GS)
+    more = _dense(cu_seqlens, kept)
     with on_device(q):
         out: tuple[Any, ...] = launch.backward(*_dense(do, dfinal), *inputs, *more, scale=scale)
-    dq, dk, dv, ddecay, dbeta, dstate = (
-        q.new_empty(0, dtype=torch.float32) if x is None else _fold(grad, x).to(x.dtype)
-        for grad, x in zip(out, inputs, strict=True)
-    )
+    dq, dk, dv, ddecay, dbeta, dstate = [
+        q.new_empty(0) if x is None else _fold(grad, x) for grad, x in zip(out, inputs, strict=True)
+    ]
     return dq, dk, dv, ddecay, dbeta, dstate
 
 
 def _fold(grad: Tensor, x: Tensor) -> Tensor:
     """The gradient of grouped heads, summed from all H heads."""
-    if grad.shape == x.shape:
-        return grad
-    return grad.unflatten(2, (x.shape[2], -1)).sum(3, dtype=torch.float32)
+    if grad.shape != x.shape:
+        grad = grad.unflatten(2, (x.shape[2], -1)).sum(3, dtype=torch.float32)
+    return grad if grad.dtype == x.dtype else grad.to(x.dtype)
 
 
 def _heads(q, k, v, decay, beta) -> int:
@@ -136,17 +129,15 @@ def _(q, k, v, decay, beta, state, cu_seqlens, scale):
 def _(q, k, v, decay, beta, state, cu_seqlens, scale, trains=False):
     # Sizes may be symbols, which cannot be looked up.
     p = layout.lay_out.__wrapped__(*layout.shapes(q, k, v, decay, beta, cu_seqlens), False)
-    rest = *launch.carried(p, v), *launch.kept(p, v, None, trains)
-    return *_ends(q, k, v, decay, beta, cu_seqlens), *rest
+    kept = v.new_empty(p.bytes(trains), dtype=torch.uint8)
+    return *_ends(q, k, v, decay, beta, cu_seqlens), kept
 
 
 @_backward.fake
-def _(do, dfinal, q, k, v, decay, beta, state, cu_seqlens, starts, link, A, P, BS, GS, scale):
+def _(do, dfinal, q, k, v, decay, beta, state, cu_seqlens, kept, scale):
     inputs = (q, k, v, decay, beta, state)
     return tuple(
-        q.new_empty(0, dtype=torch.float32)
-        if x is None
-        else torch.empty_like(x, memory_format=torch.contiguous_format)
+        q.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
         for x in inputs
     )
 
@@ -154,17 +145,17 @@ def _(do, dfinal, q, k, v, decay, beta, state, cu_seqlens, starts, link, A, P, B
 def _setup(ctx, inputs, output) -> None:
     *tensors, ctx.scale, _ = inputs
     ctx.given = [t is not None for t in tensors[:6]]
-    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(output[2])
 
 
 def _derive(ctx, do, dfinal, *_):
-    *tensors, starts, link, A, P, BS, GS = ctx.saved_tensors
+    *tensors, kept = ctx.saved_tensors
     v = tensors[2]
     if do is None:
         do = v.new_zeros(v.shape[0], v.shape[1], _heads(*tensors[:5]), v.shape[3])
-    out = _backward(do, dfinal, *tensors, starts, link, A, P, BS, GS, ctx.scale)
+    out = _backward(do, dfinal, *tensors, kept, ctx.scale)
     grads = [g if given else None for g, given in zip(out, ctx.given, strict=True)]
     return *grads, None, None, None
 

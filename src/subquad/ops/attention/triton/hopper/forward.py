@@ -141,7 +141,7 @@ def _forward_rows(
         tile = announced(n, tile_s, tile_full, tile_free)
 
 
-@partial(Kernel, sizes=("tiles", *SIZES), jit=gluon.jit)
+@partial(Kernel, sizes=("tiles", *SIZES), jit=gluon.jit, length=3)
 def hopper_forward(
     QT, KT, VT, O, LSE, TAKEN, LO, MID, HI, ENTRY, PATTERN, TABLE, PLANE,
     scale, tiles, T, S, offset, rows, H, G, NB, NH, low, high,

@@ -217,7 +217,7 @@ def _dkv_rows(
         tile = announced(n, tile_s, tile_full, tile_free)
 
 
-@partial(Kernel, sizes=("tiles", *SIZES), jit=gluon.jit)
+@partial(Kernel, sizes=("tiles", *SIZES), jit=gluon.jit, length=2)
 def hopper_grad_kv(
     QT, DOT, KT, VT, LSE_T, DELTA_T, DK, DV, TAKEN, LO, MID, HI, ROW, PATTERN, TABLE, PLANE,
     scale, tiles, T, S, offset, H, G, NB, NH, low, high,

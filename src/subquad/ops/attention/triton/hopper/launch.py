@@ -11,13 +11,14 @@ from subquad.ops.attention.triton.hopper.forward import hopper_forward
 from subquad.ops.attention.triton.hopper.grad_kv import hopper_grad_kv
 from subquad.ops.attention.triton.hopper.grad_q import hopper_grad_q
 from subquad.ops.attention.triton.index import arguments
+from subquad.ops.tape import zeros
 
 
 def forward(launch, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float) -> None:
     """o ``[B,T,H,D]`` and lse ``[B,T,H]``, filled."""
     found = config("hopper_forward", 128, launch.K, q.dtype.itemsize)
     grid, tiles = _tiled(launch, launch.T, launch.H)
-    index, taken = launch.index, torch.zeros(1, dtype=torch.int32, device=q.device)
+    index, taken = launch.index, zeros(q, 1, dtype=torch.int32)
     tensors = (
         _tiles(q, 64), _tiles(k, found["step"]), _tiles(v, found["step"]), o, lse, taken,
         *arguments(index.lists), index.table, index.plane,
