@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subquad.ops.backend import interpreted
 
-MOST = 1 << 16  # pages
+MOST = 1 << 18  # pages
 
 
 def bounds(q: Tensor, low: Tensor, high: Tensor, *, share: bool = False) -> Tensor:
@@ -32,7 +32,8 @@ def bounds(q: Tensor, low: Tensor, high: Tensor, *, share: bool = False) -> Tens
 
 
 def by_kernels(q: Tensor, low: Tensor) -> bool:
-    """Whether :func:`best` takes them: a list's scores lie in one multiprocessor's registers."""
+    """Whether :func:`best` takes them: of each set of neighboring pages the best, of all sets of a
+    list, lie in one multiprocessor's registers."""
     kernels = (q.is_cuda or interpreted()) and q.dtype != torch.float64
     return kernels and low.shape[1] <= MOST
 
@@ -51,6 +52,9 @@ def best(
     window: int | None = None,
 ) -> Tensor:
     """The ``n`` pages with the largest :func:`bounds`, by two kernels; of equals the earlier.
+
+    They lie in the n sets of neighboring pages whose best ones are the best, so that few of the
+    bounds are compared.
 
     Args:
         page: tokens in a page; tokens: how many there are, pages behind them are not read;
