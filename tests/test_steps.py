@@ -7,7 +7,7 @@ import torch
 
 from policy_kit import applied, close, tiny, tokens
 from subquad.caches.kv import PolicyCache
-from subquad.policies import Policy, create_policy
+from subquad.policies import Policy, StreamingLLM, create_policy
 from subquad.policies.steps import decoding
 
 GATES = ((1, 0), (0.2, 0.8))
@@ -32,6 +32,7 @@ CASES = {
         "streaming_llm", sinks=2, window=9, position="absolute"
     ),
 }  # fmt: skip
+SCALED = {"rope_theta": 1e4, "factor": 4.0}
 WINDOWED = ("full", "quest", "quest, frontier", "duo", "streaming, absolute")
 
 
@@ -216,3 +217,39 @@ def test_recorded_and_repeated(name, monkeypatch):
             outs.append(torch.stack(out))
             assert {layer.seen for layer in cache.held} == {75 + 24 + 3}
     close(*outs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "found"),
+    [
+        ("Llama", {}, True),
+        ("Llama", {"rope_parameters": SCALED | {"rope_type": "yarn"}}, True),
+        ("Llama", {"rope_parameters": SCALED | {"rope_type": "dynamic"}}, False),
+        ("Cohere", {}, True),
+        ("SmolLM3", {"no_rope_layers": [1, 0]}, True),
+        ("Olmo3", {"layer_types": ["sliding_attention", "full_attention"]}, True),
+    ],
+    ids=["half", "scaled", "follows the length", "pairs", "none", "kinds"],
+)
+def test_a_rotation_in_numbers(kind, changes, found):
+    """A table gives what the model's own function does, for each of its layers."""
+    model, calls = tiny(kind, **changes), []
+
+    class Seen(StreamingLLM):
+        def decode(self, call):
+            calls.append(call)
+            return super().decode(call)
+
+    with applied(model, Seen(sinks=2, window=30)) as on:
+        cache = on.new_cache()
+        model(tokens(1, 9), past_key_values=cache)
+        model(tokens(1, 1), past_key_values=cache)
+        for call in calls:
+            rope, place = call.rope(32), torch.arange(32)
+            if not found:
+                assert rope is None
+                continue
+            x = torch.randn(1, 32, 3, 8, dtype=torch.float64)
+            close(rope(x, place), call.rotate(x, place[None]), 1e-6)
+            assert call.rope(32) is rope
+    assert len(calls) == 2

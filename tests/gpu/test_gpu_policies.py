@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from subquad.ops.attention.token import token
+from subquad.ops.attention.token import Rope, token
 from subquad.ops.select.pages import best, bounds
 from subquad.policies.base import Call, Policy, Site, create_policy
 
@@ -245,6 +245,34 @@ def test_a_token_by_the_kernel(size, n, lists, window, dtype):
     if n:
         found = token(q, k[:, :S], v[:, :S], **options)
         torch.testing.assert_close(found, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("last", [0, 30, 1026, 1027, 1028, 5000])
+def test_a_token_rotated_by_the_kernel(last, pairs, dtype):
+    """Sinks and a ring that fill up, then turn; halves or pairs of features."""
+    torch.manual_seed(0)
+    s, w, K = 4, 1024, 96
+    q = torch.randn(2, 1, 12, K, device="cuda").to(dtype)
+    k, v = torch.randn(2, 2, s + w, 2, K, device="cuda").to(dtype)
+    angle = torch.randn(s + w, K // 2, device="cuda") * 3
+    feature = torch.arange(K, device="cuda")
+    partner, half = (feature ^ 1, feature // 2) if pairs else (feature.roll(K // 2), feature)
+    sign = torch.where(feature < partner, 1, -1)
+    cos, sin = angle.cos()[:, half % (K // 2)], sign * angle.sin()[:, half % (K // 2)]
+    rope = Rope(cos.to(dtype), sin.to(dtype), partner.int())
+    filled = min(last + 1, s + w)
+    k[:, filled:], v[:, filled:] = torch.nan, torch.nan
+    wide = Rope(rope.cos.double(), rope.sin.double(), rope.partner)
+    options = {"scale": 0.1, "ring": (s, w)}
+    want = plain_token(q, k[:, :filled], v[:, :filled], None, last, rope=wide, **options)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 3e-5
+    close = {"atol": tolerance, "rtol": tolerance}
+    found = token(q, k[:, :filled], v[:, :filled], None, last, rope=rope, **options)
+    torch.testing.assert_close(found, want, **close)
+    clock = torch.tensor([last - 2], device="cuda")
+    torch.testing.assert_close(token(q, k, v, clock, 2, rope=rope, **options), want, **close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -19,7 +19,7 @@ from subquad.caches.kv import KVLayer
 from subquad.mask import Mask
 from subquad.ops import checks
 from subquad.ops.attention import attention
-from subquad.ops.attention.token import token
+from subquad.ops.attention.token import Rope, token
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Call:
         real: bool ``[B, tokens seen]``, False at padding (on the left); None without padding.
         positions: int64 ``[B,T]`` of the new tokens, as the model counts them.
         rotate: ``rotate(x [B,S,*,K], positions [B,S]) -> x`` rotates with the model's own RoPE.
+        rope: ``rope(n)`` gives that in numbers, for positions 0..n-1; None where it has no such.
         tally: where to count the pairs attended to; None where nobody asks.
     """
 
@@ -96,6 +97,7 @@ class Call:
     positions: Tensor
     rotate: Callable[[Tensor, Tensor], Tensor]
     tally: Tally | None = None
+    rope: Callable[[int], Rope | None] = lambda n: None
 
     @property
     def first(self) -> bool:

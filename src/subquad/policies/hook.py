@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from subquad.caches.kv import PolicyCache
+from subquad.ops.attention.token import Rope
 from subquad.policies.base import Call, Policy, Site, Tally
 from subquad.policies.parts import late
 from subquad.policies.parts.decoder import (
@@ -88,6 +90,7 @@ def _attend(
         positions=applied.positions(bound, layer.seen, q),
         rotate=applied.rotate(module),
         tally=applied.tally,
+        rope=partial(applied.rope, module, q),
     )
     if applied.probe is not None:
         return late.attend(applied.probe(call)), None
@@ -180,6 +183,8 @@ class Applied:
                 module.register_forward_pre_hook(self._enter_attention, with_kwargs=True)
             )
         self._late, self._rotates = self.policy.late_rope, [True] * len(self.sites)
+        self._ropes: dict[Any, Rope | None] = {}
+        self._still: dict[Any, tuple[Tensor, Tensor]] = {}
         if self._late:
             try:
                 self._rotates = late.rotating(self)
@@ -287,7 +292,13 @@ class Applied:
         _sites[module].positions, _sites[module].called = kwargs.get("position_ids"), False
         if self._late:
             cos, sin = kwargs["position_embeddings"]
-            kwargs = kwargs | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+            kind = cos.dtype, cos.device
+            if kind not in self._still:  # made once, to save two launches a layer and token
+                with torch.inference_mode(False):
+                    pair = torch.tensor([1.0, 0.0], dtype=cos.dtype, device=cos.device)
+                    self._still[kind] = pair[0], pair[1]
+            one, zero = self._still[kind]
+            kwargs = kwargs | {"position_embeddings": (one.expand_as(cos), zero.expand_as(sin))}
         return args, kwargs
 
     def positions(self, bound: _Bound, seen: int, q: Tensor) -> Tensor:
@@ -297,15 +308,29 @@ class Applied:
             return bound.positions.expand(B, -1)
         return torch.arange(seen - T, seen, device=q.device).expand(B, -1)
 
+    def rope(self, module: nn.Module, like: Tensor, n: int) -> Rope | None:
+        """:meth:`rotate` to the places 0..n-1 in numbers of the dtype of ``like [...,K]``, once for
+        all layers that rotate alike; None where it follows the length, or is no :class:`Rope`."""
+        if self.rescales:
+            return None
+        key = self._rotates[layer_index(module)], self._kind(module), n, like.dtype, like.device
+        if key not in self._ropes:
+            with torch.inference_mode(False), torch.no_grad():
+                self._ropes[key] = late.table(self.rotate(module), n, like)
+        return self._ropes[key]
+
+    def _kind(self, module: nn.Module) -> str | None:
+        """Of layer, where the model's rotation asks for it."""
+        if not self._by_type:
+            return None
+        return getattr(module, "layer_type", self._config.layer_types[layer_index(module)])
+
     def rotate(self, module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         """The model's own rotation, at any positions."""
         if not self._rotates[layer_index(module)]:
             return lambda x, positions: x
         rotary, apply_rope = self._rotary, rotation_of(module)
-        extra = {}
-        if self._by_type:
-            kinds = self._config.layer_types
-            extra["layer_type"] = getattr(module, "layer_type", kinds[layer_index(module)])
+        extra = {"layer_type": self._kind(module)} if self._by_type else {}
 
         def rotated(x: Tensor, positions: Tensor) -> Tensor:
             if rotary is None or apply_rope is None:

@@ -98,14 +98,18 @@ class StreamingLLM(Policy):
         lengths = [min(n, layer.slots) for n in layer.lengths()]
         call.count(sum(lengths) * call.site.heads)
         k, v, clock, _ = layer.held()
-        slot = torch.arange(k.shape[1], device=k.device)
-        q = call.q
+        q, seen = call.q, layer.lengths()
         if self.late_rope:
-            seen = layer.counted(k.device)
-            gone = (seen - layer.slots).clamp_min(0)
+            rope = call.rope(layer.slots) if min(seen) == max(seen) else None
+            if rope is not None:
+                last, ring = 0 if clock is not None else seen[0] - 1, (layer.sinks, layer.window)
+                return token(q, k, v, clock, last, scale=call.scale, rope=rope, ring=ring)
+            counted = layer.counted(k.device)
+            gone = (counted - layer.slots).clamp_min(0)
+            slot = torch.arange(k.shape[1], device=k.device)
             place = torch.where(slot < layer.sinks, slot, layer.token_at(slot) - gone)
             k = call.rotate(k, place.clamp_min(0))
-            q = call.rotate(q, seen - 1 - gone)
+            q = call.rotate(q, counted - 1 - gone)
         if min(lengths) == max(lengths):
             return token(q, k, v, clock, scale=call.scale)
         rows = [

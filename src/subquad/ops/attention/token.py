@@ -8,12 +8,32 @@ Legend: B batch, H query heads, S keys, G key heads, K head dim, N lists of span
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from subquad.ops.attention import attention
 from subquad.ops.backend import interpreted
+
+
+class Rope(NamedTuple):
+    """A model's rotation to the places 0..n-1: ``x cos`` and, from feature i, ``x[i] sin[i]`` to
+    feature ``partner[i]``, whose own partner is i.
+
+    Attributes:
+        cos, sin: ``[n,K]``; partner: int32 ``[K]``.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    partner: Tensor
+
+    def __call__(self, x: Tensor, place: Tensor) -> Tensor:
+        """``x [B,S,G,K]`` at the places, int ``[S]``."""
+        cos, sin = (table[place, None] for table in self[:2])
+        return x * cos + (x * sin)[..., self.partner]
 
 
 def token(
@@ -27,6 +47,8 @@ def token(
     starts: Tensor | None = None,
     size: int = 1,
     window: int | None = None,
+    rope: Rope | None = None,
+    ring: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Exact attention of one token; its own key is the last of those that are there.
 
@@ -38,11 +60,15 @@ def token(
             one list. None reads everything.
         size: keys in a span, of which those that are not there are left out.
         window: so many last keys are seen at most.
+        rope: what is given is not rotated yet; of all keys (``starts`` and ``window`` are None).
+        ring: with ``rope``, ``(s, w)``: token t lies in slot t if t < s, else in slot
+            ``s + (t - s) mod w``; the last is token ``clock + shift`` (``shift`` without a clock).
+            It and the keys are rotated to their places among the s first and w last tokens.
 
     Returns:
         ``o [B,1,H,V]``, 0 where no key is seen.
     """
-    if clock is None and starts is None:
+    if clock is None and starts is None and rope is None:
         first = 0 if window is None else max(k.shape[1] - window, 0)
         return attention(q, k[:, first:], v[:, first:], scale=scale)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -51,13 +77,19 @@ def token(
         from subquad.ops.attention.triton.token import token as run
     else:
         run = _token
-    return run(q, k, v, starts, size, scale, window, clock, shift)
+    return run(q, k, v, starts, size, scale, window, clock, shift, rope, ring)
 
 
-def _token(q, k, v, starts, size, scale, window, clock, shift) -> Tensor:
+def _token(q, k, v, starts, size, scale, window, clock, shift, rope, ring) -> Tensor:
     """By a copy of the keys where there are spans, and a dense kernel."""
     (B, _, H, _), (S, G) = q.shape, k.shape[1:3]
     device = q.device
+    if rope is not None:
+        (s, w), slot = ring, torch.arange(S, device=device)
+        last = slot.new_tensor([shift]) if clock is None else clock + shift
+        own = last.clamp_max(s + w - 1)
+        place = torch.where(slot < s, slot, own - (last - slot) % w)
+        q, k = rope(q, own), rope(k, place.clamp_min(0))
     length = S if clock is None else (clock + shift + 1).clamp_max(S)
     if starts is None:
         at, N = torch.arange(S, device=device), G

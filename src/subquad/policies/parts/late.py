@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from subquad.ops.attention import attention
+from subquad.ops.attention.token import Rope
 from subquad.policies.base import Call
 
 if TYPE_CHECKING:
@@ -58,6 +60,31 @@ def rotating(applied: Applied) -> list[bool]:
 def attend(call: Call) -> Tensor:
     """Attention of the few tokens alone, without a cache."""
     return attention(call.q, call.k, call.v, call.mask(), scale=call.scale).contiguous()
+
+
+def table(rotate: Callable[[Tensor, Tensor], Tensor], n: int, like: Tensor) -> Rope | None:
+    """A rotation to the places 0..n-1 in numbers, found by what it makes of some vectors; None for
+    one that is not of that form.
+
+    Args:
+        rotate: as :class:`~subquad.policies.base.Call` has it; like: ``[...,K]``, for its dtype.
+    """
+    K, device = like.shape[-1], like.device
+    feature, place = torch.arange(K, device=device), torch.arange(n, device=device)
+    basis = torch.eye(K, dtype=like.dtype, device=device).expand(1, TOKENS, K, K)
+    made = rotate(basis, torch.arange(TOKENS, device=device)[None])[0].abs().amax(0)
+    made.fill_diagonal_(0)  # of feature i (a row) in j
+    partner = torch.where(made.amax(1) > 0, made.argmax(1), feature)
+    if not torch.equal(partner[partner], feature):
+        return None
+    lower = feature < partner
+    halves = torch.stack([lower, ~lower]).to(like.dtype).expand(1, n, 2, K)
+    low, high = rotate(halves, place[None])[0].unbind(1)  # what either half of the features makes
+    cos, sin = torch.where(lower, low, high), torch.where(lower, high, low)
+    found = Rope(cos, sin[:, partner], partner.int())
+    generator = torch.Generator(device).manual_seed(0)
+    noise = torch.randn(1, n, 2, K, generator=generator, device=device).to(like.dtype)
+    return found if _near(found(noise, place), rotate(noise, place[None])) else None
 
 
 def _near(a: Tensor, b: Tensor) -> bool:

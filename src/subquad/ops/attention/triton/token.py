@@ -20,13 +20,15 @@ PROGRAMS = {"all": 128, "spans": 528}
 TILES = {
     "all": {"BN": 64, "num_warps": 4, "num_stages": 3},
     "spans": {"BN": 32, "num_warps": 4, "num_stages": 3},
+    "rotated": {"BN": 16, "num_warps": 4, "num_stages": 2},
     "float32": {"BN": 32, "num_warps": 4, "num_stages": 3},
 }
 
 
-@partial(Kernel, sizes=("S", "shift", "window", "n", "splits"))
+@partial(Kernel, sizes=("S", "shift", "window", "n", "splits", "sinks", "ring"))
 def part_kernel(
-    Q, K_, V_, STARTS, CLOCK, O, LSE, scale, S, shift, window, n, splits, H, G, N,
+    Q, K_, V_, STARTS, CLOCK, COS, SIN, PARTNER, O, LSE,
+    scale, S, shift, window, n, splits, sinks, ring, H, G, N,
     sqb, sqh, skb, skt, skh, svb, svt, svh,
     GROUP: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr,
@@ -37,9 +39,8 @@ def part_kernel(
     m, d, e = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, BV)
     h = c * GROUP + m
     there = (m < GROUP)[:, None]
-    q = tl.load(
-        Q + b * sqb + h[:, None] * sqh + d[None, :], mask=there & (d < K)[None, :], other=0.0
-    )
+    Q += b * sqb + h[:, None] * sqh
+    q = tl.load(Q + d[None, :], mask=there & (d < K)[None, :], other=0.0)
     g = c // (N // G)
     K_ += b * skb + g * skh
     V_ += b * svb + g * svh
@@ -49,6 +50,21 @@ def part_kernel(
     first = 0
     if window > 0:
         first = tl.maximum(length - window, 0)
+    last, own, partners = shift, 0, q
+    if COS is not None:
+        # (R k) . q is taken as k . (R^T q), so that k is read as it lies: features times their
+        # cosines for q, and times their sines for q's partners.
+        if CLOCK is not None:
+            last += tl.load(CLOCK).to(tl.int32)
+        own = tl.minimum(last, sinks + ring - 1)
+        other = tl.load(PARTNER + d, mask=d < K, other=0)
+        mine, theirs = own * K + d, own * K + other
+        partners = tl.load(Q + other[None, :], mask=there & (d < K)[None, :], other=0.0)
+        near = q * tl.load(COS + mine, mask=d < K, other=0.0)[None, :].to(tl.float32)
+        near += partners * tl.load(SIN + theirs, mask=d < K, other=0.0)[None, :].to(tl.float32)
+        far = partners * tl.load(COS + theirs, mask=d < K, other=0.0)[None, :].to(tl.float32)
+        far += q * tl.load(SIN + mine, mask=d < K, other=0.0)[None, :].to(tl.float32)
+        q, partners = near.to(q.dtype), far.to(q.dtype)
     if STARTS is None:
         keys = length - first
     else:
@@ -70,8 +86,16 @@ def part_kernel(
             seen = (start >= 0) & (key < length) & (key >= first)
         row = tl.where(seen, key, 0).to(tl.int64)[:, None]
         k = tl.load(K_ + row * skt + d[None, :], mask=seen[:, None] & (d < K)[None, :], other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        s = tl.where(seen[None, :], s, float("-inf"))
+        if COS is None:
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        else:
+            place = tl.where(key < sinks, key, own - (last - key) % ring)
+            place = tl.where(seen, place, 0)[:, None] * K + d[None, :]
+            cos = tl.load(COS + place, mask=seen[:, None] & (d < K)[None, :], other=0.0)
+            sin = tl.load(SIN + place, mask=seen[:, None] & (d < K)[None, :], other=0.0)
+            s = tl.dot(q, tl.trans(k * cos), input_precision=PRECISION)
+            s = tl.dot(partners, tl.trans(k * sin), s, input_precision=PRECISION)
+        s = tl.where(seen[None, :], s * (scale * LOG2E), float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
         safe = tl.where(new == float("-inf"), 0.0, new)
         w = tl.exp2(s - safe[:, None])
@@ -106,14 +130,15 @@ def merge_kernel(
     tl.store(O + head * V + e, out.to(O.dtype.element_ty), mask=e < V)
 
 
-def token(q, k, v, starts, size, scale, window, clock, shift):
+def token(q, k, v, starts, size, scale, window, clock, shift, rope, ring):
     """As :func:`subquad.ops.attention.token.token`."""
     (B, _, H, K), (S, G), V = q.shape, k.shape[1:3], v.shape[3]
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     N, n = (G, 0) if starts is None else starts.shape[1:]
     starts = starts if starts is None else starts.contiguous()
     kind = "spans" if n else "all"
-    tile = TILES["float32" if q.dtype == torch.float32 else kind]
+    cos, sin, partner = rope or (None, None, None)
+    tile = TILES["rotated" if rope else "float32" if q.dtype == torch.float32 else kind]
     splits = max(1, min(triton.cdiv(n * size or S, tile["BN"]), PROGRAMS[kind] // (B * N)))
     o = torch.empty(B, 1, H, V, dtype=v.dtype, device=q.device)
     lse, parts = None, o
@@ -122,8 +147,8 @@ def token(q, k, v, starts, size, scale, window, clock, shift):
         lse = torch.empty(B, H, splits, dtype=torch.float32, device=q.device)
     with on_device(q):
         part_kernel.launch(
-            (splits, B * N), (q, k, v, starts, clock, parts, lse),
-            scale, S, shift, window or 0, n, splits, H, G, N,
+            (splits, B * N), (q, k, v, starts, clock, cos, sin, partner, parts, lse),
+            scale, S, shift, window or 0, n, splits, *ring, H, G, N,
             q.stride(0), q.stride(2), *k.stride()[:3], *v.stride()[:3],
             GROUP=H // N, BM=max(16, triton.next_power_of_2(H // N)), K=K, V=V,
             BK=max(16, triton.next_power_of_2(K)), BV=max(16, triton.next_power_of_2(V)),
