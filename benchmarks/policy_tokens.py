@@ -6,7 +6,8 @@
 Tokens are written in a row behind a prompt, each the likeliest after the one before: launched one
 by one from Python, and recorded as a CUDA graph and repeated. Full attention is transformers' own
 model and cache with SDPA; its graph is recorded in a cache that is written in place, at the length
-of the prompt, which never grows: as fast as SDPA can be. Before anything is timed, the logits of
+of the prompt, which never grows: as fast as SDPA can be. Nothing is profiled, as a profiler leaves
+a process in which the host takes longer to start a graph. Before anything is timed, the logits of
 recorded tokens must be those of tokens launched one by one; otherwise nothing is. Every row is
 printed and written as soon as it is measured.
 """
@@ -24,7 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from policies import PAGE, RESULTS, SIZES, SMALL, busy, random_model
+from policies import PAGE, RESULTS, SIZES, SMALL, random_model
 from torch import Tensor
 
 import subquad
@@ -117,28 +118,26 @@ def launched(model: Any, cache: Any, ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def measure(entry: str, model: Any, ids: Tensor) -> dict[str, Any]:
-    """Seconds of a token by the clock and of the GPU, both ways, and bytes of the cache."""
+    """Seconds of a token by the clock, both ways, and bytes of the cache."""
     row: dict[str, Any] = {}
     policy_ = chosen(entry, len(model.model.layers), model.config.num_key_value_heads)
     if entry == FULL:
         cache = new_cache(model)
         model(ids, past_key_values=cache, logits_to_keep=1)
         one = partial(launched, model, cache)
-        row |= {"launched": written(one, ids), "launched_gpu": busy_with(one, ids)}
-        row["cache"] = cache_bytes(cache)
+        row |= {"launched": written(one, ids), "cache": cache_bytes(cache)}
         del cache, one
     with subquad.apply(model, policy_) as on:
         cache = on.new_cache()
         model(ids, past_key_values=cache, logits_to_keep=1)
         if entry != FULL:
             one = partial(launched, model, cache)
-            row |= {"launched": written(one, ids), "launched_gpu": busy_with(one, ids)}
-            row["cache"] = cache_bytes(cache)
+            row |= {"launched": written(one, ids), "cache": cache_bytes(cache)}
         if ids.is_cuda:
             one = frozen(model, cache, ids) if entry == FULL else on.steps(cache)
             for _ in range(4):
                 one(ids[:, :1])
-            row |= {"recorded": written(one, ids, 64), "recorded_gpu": busy_with(one, ids)}
+            row["recorded"] = written(one, ids, 64)
     return row
 
 
@@ -152,10 +151,6 @@ def written(one: Callable[[Tensor], Tensor], ids: Tensor, steps: int = 6) -> flo
 
     one(ids[:, :1])
     return median(timed(run, ids.device)[0] for _ in range(3)) / steps
-
-
-def busy_with(one: Callable[[Tensor], Tensor], ids: Tensor) -> float | None:
-    return busy(lambda: one(ids[:, :1]), ids.device)
 
 
 def frozen(model: Any, cache: Any, ids: Tensor) -> Callable[[Tensor], Tensor]:
@@ -184,15 +179,15 @@ def write_page(results: Path) -> None:
         f"`python benchmarks/policy_tokens.py` on one {made['device']}, torch {made['torch']}, "
         f"Triton {made['triton']}, {made['date']}, bfloat16: milliseconds a token of a Llama of "
         "random weights with 28 layers, 12 heads of 128 and 2 key heads (1.5 B parameters), by the "
-        f"clock and of the GPU, launched one by one and as a CUDA graph. `{FULL}` is transformers' "
+        f"clock, launched one by one and as a CUDA graph. `{FULL}` is transformers' "
         f"own model and cache with SDPA, `{STEPS}` full attention in our cache. *Faster*: time in "
         "a graph beside that of the latter.",
         "",
-        "| tokens | policy | launched | GPU | in a graph | GPU | tokens/s | faster | cache, MB |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| tokens | policy | launched | in a graph | tokens/s | faster | cache, MB |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        names = ("launched", "launched_gpu", "recorded", "recorded_gpu")
+        names = ("launched", "recorded")
         times = " | ".join(f"{1e3 * row[name]:.2f}" if name in row else "" for name in names)
         recorded = row.get("recorded")
         faster = (

@@ -20,7 +20,8 @@ PROGRAMS = {"all": 128, "spans": 528}
 TILES = {
     "all": {"BN": 64, "num_warps": 4, "num_stages": 3},
     "spans": {"BN": 32, "num_warps": 4, "num_stages": 3},
-    "rotated": {"BN": 16, "num_warps": 4, "num_stages": 2},
+    "rotated": {"BN": 64, "num_warps": 4, "num_stages": 2},
+    "rotated float32": {"BN": 16, "num_warps": 4, "num_stages": 2},
     "float32": {"BN": 32, "num_warps": 4, "num_stages": 3},
 }
 
@@ -136,9 +137,9 @@ def token(q, k, v, starts, size, scale, window, clock, shift, rope, ring):
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     N, n = (G, 0) if starts is None else starts.shape[1:]
     starts = starts if starts is None else starts.contiguous()
-    kind = "spans" if n else "all"
+    kind, wide = "spans" if n else "all", " float32" if q.dtype == torch.float32 else ""
     cos, sin, partner = rope or (None, None, None)
-    tile = TILES["rotated" if rope else "float32" if q.dtype == torch.float32 else kind]
+    tile = TILES["rotated" + wide if rope else wide.strip() or kind]
     splits = max(1, min(triton.cdiv(n * size or S, tile["BN"]), PROGRAMS[kind] // (B * N)))
     o = torch.empty(B, 1, H, V, dtype=v.dtype, device=q.device)
     lse, parts = None, o
