@@ -99,24 +99,29 @@ def _named(x):
 
 
 CASES = {
-    "plain, one launch": (
-        Case("head", False, T=130, H=1, K=16, V=16, dtype=F32, state=True), None, 4096,
-    ),
+    "plain": (Case("head", False, T=130, H=1, K=16, V=16, dtype=F32, state=True), None),
     "no decay, delta, unequal": (
-        Case("none", True, T=66, H=1, K=80, V=24, dtype=F32, state=True), None, 4096,
+        Case("none", True, T=66, H=1, K=80, V=24, dtype=F32, state=True), None,
     ),
     "head, split and packed": (
         Case("head", True, T=140, H=2, K=16, V=16, dtype=F32, packed=(10, 0, 130), groups=2,
-             state=True), 64, 4096,
+             state=True), 64,
     ),
-    "plain, split, prepared": (
-        Case("head", False, T=130, H=1, K=16, V=16, dtype=F32, state=True), 64, 0,
+    "plain, split, packed": (
+        Case("head", False, T=300, H=2, K=16, V=24, dtype=F32, packed=(5, 0, 70, 225), groups=2,
+             state=True), 128,
+    ),
+    "plain, split, strong": (
+        Case("head", False, T=130, H=1, K=16, V=16, dtype=F32, strong=True), 64,
+    ),
+    "no decay, plain, split": (
+        Case("none", False, T=270, H=1, K=16, V=80, dtype=F32, state=True), 128,
     ),
     "channel, strong, split": (
-        Case("channel", True, T=130, H=1, K=16, V=16, dtype=F32, strong=True), 64, 4096,
+        Case("channel", True, T=130, H=1, K=16, V=16, dtype=F32, strong=True), 64,
     ),
     "channel, plain, packed": (
-        Case("channel", False, T=70, H=1, K=24, V=16, dtype=F32, packed=(1, 0, 69)), None, 4096,
+        Case("channel", False, T=70, H=1, K=24, V=16, dtype=F32, packed=(1, 0, 69)), None,
     ),
 }  # fmt: skip
 
@@ -126,12 +131,9 @@ CASES = {
 def test_outputs_and_gradients(name):
     from subquad.ops.recurrence.triton import layout
 
-    case, segment, short = CASES[name]
+    case, segment = CASES[name]
     whole = (case.T + 63) // 64 * 64
-    with (
-        mock.patch.object(layout, "segment_length", return_value=segment or whole),
-        mock.patch.object(layout, "SHORT", short),
-    ):
+    with mock.patch.object(layout, "segment_length", return_value=segment or whole):
         found = errors(case, "cpu")
     assert max(found.values()) < 2e-5, found
 
@@ -139,6 +141,11 @@ def test_outputs_and_gradients(name):
 BULK = {
     "head": (Case("head", True, T=64, H=2, K=128, V=128, dtype=torch.float16, groups=2), 64),
     "none, split": (Case("none", True, T=128, H=1, K=128, V=128, dtype=torch.float16), 64),
+    "plain": (Case("head", False, T=64, H=2, K=128, V=128, dtype=torch.float16, groups=2), 64),
+    "no decay, plain, split": (
+        Case("none", False, T=128, H=1, K=128, V=128, dtype=torch.float16),
+        64,
+    ),
 }
 
 
@@ -163,8 +170,8 @@ TILES = {
     ),
     "channel, delta": (Case("channel", True, T=66, H=1, K=80, V=16, dtype=F32, state=True), 128),
     "channel, plain, split": (Case("channel", False, T=66, H=1, K=80, V=16, dtype=F32), 64),
-    "head, plain, split": (Case("head", False, T=66, H=1, K=80, V=16, dtype=F32), 64),
-    "none, one launch": (Case("none", False, T=66, H=1, K=80, V=16, dtype=F32), 128),
+    "head, plain, split": (Case("head", False, T=66, H=1, K=144, V=16, dtype=F32), 64),
+    "none, one launch": (Case("none", False, T=66, H=1, K=144, V=16, dtype=F32), 128),
     "head, by the copy engine": (
         Case("head", True, T=64, H=1, K=128, V=128, dtype=torch.float16), 64,
     ),

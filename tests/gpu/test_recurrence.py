@@ -17,6 +17,7 @@ from subquad.bench.recurrence import (
     defined,
     errors,
     results,
+    wide,
 )
 from subquad.ops.backend import backend
 from subquad.ops.recurrence import recurrence
@@ -68,6 +69,9 @@ BULK = [
     Case("none", True, B=2, T=128, dtype=F16, K=128, V=128),
     Case("head", True, T=2048, dtype=BF16, K=128, V=128, state=True),  # split inside the GPU
     Case("none", True, T=2048, H=4, dtype=F16, K=128, V=128),
+    Case("head", False, B=2, T=320, dtype=BF16, K=128, V=128, groups=2, state=True),
+    Case("head", False, T=2048, dtype=BF16, K=128, V=128, state=True),
+    Case("none", False, T=2048, H=4, dtype=BF16, K=128, V=128, state=True),
     Case("head", True, B=2, T=320, dtype=BF16, K=256, V=256, groups=2, state=True),
     Case("head", True, T=2048, H=1, dtype=F16, K=256, V=256),
     Case("none", True, T=192, dtype=BF16, K=256, V=256, state=True),
@@ -91,13 +95,23 @@ def test_by_the_copy_engine(case):
 
 
 @pytest.mark.parametrize("decay", ["none", "head"])
-@pytest.mark.parametrize(("T", "width"), [(1000, 128), (1024, 128), (1024, 256)])
+@pytest.mark.parametrize(
+    ("delta", "T", "width"),
+    [
+        (False, 1000, 128),
+        (False, 6144, 128),
+        (True, 1000, 128),
+        (True, 1024, 128),
+        (True, 1024, 256),
+    ],
+)
 @pytest.mark.usefixtures("_described")
-def test_outputs_of_the_delta_rule_are_as_exact_as_in_torch(decay, T, width):
+def test_outputs_are_as_exact_as_in_torch(decay, delta, T, width):
     """Products take bfloat16, two of them where one would show."""
-    case = Case(decay, True, T=T, K=width, V=width)
+    case = Case(decay, delta, T=T, K=width, V=width)
     inputs = case.draw("cuda")
-    right = {"o": defined(case, inputs)["o"]}
+    with backend("torch"), torch.no_grad():
+        right = {"o": recurrence(**wide(inputs))[0]}
     off = {}
     for name in ("triton", "torch"):
         with backend(name), torch.no_grad():

@@ -23,8 +23,10 @@ from subquad.bench.recurrence import FORMS, Case, gate, results
 from subquad.ops.backend import backend
 from subquad.ops.recurrence import recurrence
 from subquad.ops.recurrence.triton import configs
+from subquad.ops.recurrence.triton.layout import goes_plain
 
-TUNED = ("prepare", "scan", "scan_back", "score_grads", "grads", "scan_split")
+PLAIN = ("states", "outputs", "gradients")  # without the delta rule, unless per channel
+TUNED = ("prepare", "scan", "scan_back", "score_grads", "grads", "scan_split", *PLAIN)
 SPLIT_TOKENS = 2100  # one sequence of one head this long is split
 Progress = Callable[[dict[str, Any]], None]
 
@@ -42,6 +44,12 @@ def candidates(kernel: str, K: int, V: int, itemsize: int) -> Iterator[dict[str,
         tried = [
             {"BV": 64, "num_warps": 4, "num_stages": s, "fill": f} for s, f in ((3, 1), (2, 2))
         ]
+    elif kernel == "states":
+        tried = [{"BK": b, "BV": 64, "num_warps": 4, "num_stages": s, "fill": f}
+                 for b, s, f in ((128, 3, 2), (128, 2, 2), (64, 3, 2), (64, 1, 2))]  # fmt: skip
+    elif kernel == "gradients":
+        tried = [{"BK": 64, "BV": 64, "num_warps": 4, "num_stages": s, **more}
+                 for s in (1, 2, 3) for more in ({}, {"maxnreg": 168})]  # fmt: skip
     elif kernel == "grads":
         tried = [{"BK": 64, "BV": 64, "num_warps": w, "num_stages": s}
                  for w, s in ((4, 1), (4, 2), (8, 1), (8, 2))]  # fmt: skip
@@ -57,7 +65,7 @@ def _check(case: Case, kernel: str, config: Mapping[str, int]) -> str:
     """Why a configuration cannot be used, or ""; compiles it on the way."""
     try:
         with configs.forced({kernel: config}):
-            if kernel == "scan_split":
+            if kernel in ("scan_split", "states"):
                 gate(replace(case, B=1, H=1), "cuda", tokens=SPLIT_TOKENS)
             else:
                 gate(case, "cuda")
@@ -124,7 +132,7 @@ def tune(
         (case, kernel, config)
         for case in cases(sizes, dtypes, forms)
         for kernel in kernels
-        if kernel != "prepare" or case.delta or case.decay == "channel"
+        if (kernel in PLAIN) == goes_plain(case.decay, case.delta, case.K)
         for config in candidates(kernel, case.K, case.V, case.dtype.itemsize)
     ]
     right = _checked(jobs, workers or min(16, os.cpu_count() or 1), tell)
@@ -187,6 +195,10 @@ def _fastest(
     together: tuple[str, ...] = (kernel,)
     if kernel == "scan_split":
         case, together = replace(case, B=1, T=32768), ("scan", "scan_back", "combine")
+    elif kernel == "states":
+        case, together = replace(case, B=1, T=32768), ("states", "join")
+    elif kernel == "outputs":  # a pass of the same kernel
+        together = ("states",)
     inputs = case.draw("cuda")
     for config in configurations:
         with configs.forced({kernel: config}):

@@ -28,6 +28,9 @@ KERNELS = (
     "combine",
     "score_grads",
     "grads",
+    "states",
+    "outputs",
+    "gradients",
     "step",
     "decode",
 )
@@ -136,9 +139,14 @@ def safe(kernel: str, *, K: int, V: int, itemsize: int) -> Config:
     small = itemsize * k > 256  # float32 over 64, or half precision over 128 channels
     if kernel == "prepare":
         return {"BK": min(k, 64), "num_warps": 4 if itemsize == 2 else 8, "num_stages": 1}
-    if kernel in ("scan", "scan_back"):
+    if kernel in ("scan", "scan_back", "outputs"):
         BV = min(v, 32 if small else 64)
         return {"BV": BV, "num_warps": 8 if small else 4, "num_stages": 1}
+    if kernel == "states":
+        wide = 64 if itemsize == 2 else 32
+        return {"BK": 64, "BV": min(v, wide), "num_warps": 4, "num_stages": 1, "fill": 2}
+    if kernel == "gradients":
+        return {"BK": 64, "BV": min(v, 64), "num_warps": 4, "num_stages": 1}
     if kernel == "score_grads":
         return {"BV": 64, "num_warps": 4, "num_stages": 1}
     if kernel == "grads":

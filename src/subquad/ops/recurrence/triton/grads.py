@@ -8,6 +8,7 @@ making them in every block costs more than the memory between. With D and F of t
     Y  = strict_lower(F D^T)     Z   = exp(G) (F S^T) + Y k
     dk = exp(G_end - G) (D dS^T) + dA^T q - (beta Y)^T k - beta Z
     dbeta = F . v - k . Z        dv  = beta F (the delta rule; else scan_back wrote it)
+          = F . D / beta
 
 where products inside the chunk carry exp(G_i - G_j) (per channel: as in :mod:`prepare`). Where G_i
 enters with a plus sign (q, Z) or a minus sign (the rest of dk), the gradient of the log decay gains
@@ -24,6 +25,7 @@ from subquad.ops.recurrence.triton.parts import (
     block,
     bulk,
     fade,
+    gate_row,
     gates,
     halves,
     kernel,
@@ -37,6 +39,8 @@ from subquad.ops.recurrence.triton.parts import (
     tile,
     whole_gate,
 )
+
+SMALL = tl.constexpr(1e-3)  # a beta under which what is written says too little of it
 
 
 @triton.jit
@@ -128,9 +132,12 @@ def grads(
     of channels, SIZE elements apart. STRONG does the chunks that prepare flagged, the other call
     the rest. Unless ALONE, DA, Y, DV and the first part of DB hold what :func:`score_grads` wrote.
     """
-    index = tl.program_id(0)
-    h = tl.program_id(1)
-    side = tl.program_id(2)
+    # Blocks of one chunk run together, and heads of one token: they share what they read.
+    parts: tl.constexpr = (K + BK - 1) // BK
+    pid = tl.program_id(0)
+    side = pid % parts
+    h = pid // parts % H
+    index = pid // parts // H
     first, end, _, _, _, chunk = segment(TABLE, index, T, C, C, PACKED)
     left = end - first
     place = chunk.to(tl.int64) * H + h
@@ -146,15 +153,18 @@ def grads(
         once = tl.where(side == 0, left, 0)  # what is no channel's is done by the first block
         if DELTA:
             beta = numbers(BETA, first, left, HB, h * HB // H, C)
-            if ALONE:  # before the products, which take all registers
-                db = tl.zeros([C], tl.float32)
-                for value in range(0, V, BV):
-                    f = tile(F_, first, once, H, h, value, V, C, BV)
-                    v = tile(V_, first, once, HV, hv, value, V, C, BV)
-                    db += tl.sum(f.to(tl.float32) * v.to(tl.float32), axis=1)
-                    put(DV, f * beta[:, None], first, once, H, h, value, V, C, BV)
-            else:
+            if not ALONE:
                 db = numbers(DB, first, once, H, h, C)
+        if DECAY == HEAD:  # asked for beside the tiles
+            if FUSE:
+                G, rise, fall = gates(
+                    G_, GS, None, first, left, HD, hd, chunk, H, h, C, FUSE, False
+                )
+            else:
+                G = gate_row(GS, 0, chunk, H, h, C)
+                rise = gate_row(GS, 1, chunk, H, h, C)
+                fall = gate_row(GS, 2, chunk, H, h, C)
+            whole = whole_gate(G_, GS, first, left, HD, hd, chunk, H, h, C, FUSE)
         dq = tl.zeros([C, BK], tl.float32)
         dk = tl.zeros([C, BK], tl.float32)
         z = tl.zeros([C, BK], tl.float32)
@@ -181,6 +191,7 @@ def grads(
                 z = tl.dot(f, S, z, input_precision=PRECISION)
                 if ALONE:
                     y = tl.dot(f, tl.trans(d), y, input_precision=PRECISION)
+                    put(DV, f * beta[:, None], first, once, H, h, value, V, C, BV)
             else:
                 d = tile(V_, first, left, HV, hv, value, V, C, BV)
             if ALONE:
@@ -189,8 +200,6 @@ def grads(
             if DECAY != NONE:
                 forget += tl.sum(S.to(tl.float32) * dS.to(tl.float32), axis=0)
 
-        if DECAY == HEAD:
-            G, rise, fall = gates(G_, GS, None, first, left, HD, hd, chunk, H, h, C, FUSE, False)
         if ALONE:
             keep = n[:, None] >= n[None, :]
             if DECAY == HEAD:
@@ -198,6 +207,9 @@ def grads(
                 a *= lower
                 y *= lower
             a = tl.where(keep, a * scale, 0.0).to(kind)
+            if DELTA:  # what a token writes is linear in its beta: dbeta = F . D / beta
+                own = tl.sum(tl.where(n[:, None] == n[None, :], y, 0.0), axis=1)
+                db = tl.where(side == 0, own, 0.0) / beta
             y = tl.where(n[:, None] > n[None, :], y, 0.0)
         else:
             a = block(DA, chunk, H, h, 0, C, C, C)
@@ -245,7 +257,6 @@ def grads(
                 z *= rise
                 dk *= tl.trans(fall)
                 tail = tl.sum(tl.sum(dk * k, axis=1), axis=0)
-                whole = whole_gate(G_, GS, first, left, HD, hd, chunk, H, h, C, FUSE)
                 tail += tl.sum(forget, axis=0) * whole
             dq = tl.dot(a, k, dq, input_precision=PRECISION)
             dk = tl.dot(tl.trans(a), q, dk, input_precision=PRECISION)
@@ -264,7 +275,17 @@ def grads(
             gains = tl.sum(q * dq - k * dk, axis=1)
         if DELTA:
             kz = tl.sum(k * z, axis=1)
-            db -= kz
+            if ALONE:
+                small = tl.abs(beta) < SMALL
+                if tl.max(tl.where(small & (n < left), 1, 0), axis=0) > 0:
+                    own = -kz
+                    for value in range(0, V, BV):
+                        f = tile(F_, first, once, H, h, value, V, C, BV)
+                        v = tile(V_, first, once, HV, hv, value, V, C, BV)
+                        own += tl.sum(f.to(tl.float32) * v.to(tl.float32), axis=1)
+                    db = tl.where(small, own, db)
+            else:
+                db -= kz
             dk -= z * beta[:, None]
             tl.store(DB + side * SIZE + first * H + h + n * H, db, mask=n < left)
         put(DK, dk, first, left, H, h, column, K, C, BK)

@@ -12,16 +12,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from subquad.ops import kernel
 from subquad.ops.kernel import Launch
-from subquad.ops.recurrence.triton import configs
+from subquad.ops.recurrence.triton import configs, plain
 from subquad.ops.recurrence.triton.grads import grads, score_grads
 from subquad.ops.recurrence.triton.layout import (
     NAMES,
     C,
     Plan,
+    bound,
     cdiv,
+    described,
     keeps,
     link_rows,
     plan,
+    states_of,
     tables,
 )  # fmt: skip
 from subquad.ops.recurrence.triton.prepare import prepare
@@ -48,22 +51,10 @@ class Ready(NamedTuple):
     flag: Tensor | None = None
 
 
-def bound(make: Callable[..., Launch]) -> Callable[..., Launch]:
-    """The launch that ``make(plan, *switches)`` binds, made once for a plan and its switches."""
-
-    def find(p: Plan, *switches: Hashable) -> Launch:
-        found = p.launches.get((make, *switches))
-        if found is None:
-            found = p.launches[make, *switches] = make(p, *switches)
-        return found
-
-    return find
-
-
 @bound
 def _prepare(p: Plan, scale: float, fine: bool, strong: bool) -> Launch:
     return prepare.bind(
-        (p.chunks, p.H), scale, p.T, **p.pick("H", "HQ", "HK", "HD", "HB"),
+        (p.chunks * p.H,), scale, p.T, **p.pick("H", "HQ", "HK", "HD", "HB"),
         K=p.K, C=C, DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.packed, STRONG=strong,
         LIMIT=LIMITS[p.dtype], EXACT=p.exact, FINE=fine, BULK=p.bulk_prepare,
         PRECISION=p.precision, **p.config("prepare"),
@@ -137,27 +128,12 @@ def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, table, **outs) 
             if n in outs:
                 (outs[n],) = described(p, c["BV"], outs[n])
         if "HS" in outs:
-            outs["HS"] = states(p, c["BV"], tile, outs["HS"])
+            outs["HS"] = states_of(p, c["BV"], tile, outs["HS"])
         A, AL, P, BD, GD = blocks(A, AL, P, BS, GS)
     _scan(p, scale, init is not None, (*outs,))(
         q, k, v, decay, A, AL, P, BS, BD, QG, KG, KW, GS, GD, init, table,
         *[outs.get(n) for n in SCANNED],
     )  # fmt: skip
-
-
-def described(p: Plan, BV: int, *tensors: Tensor, width: int = 0) -> list[TensorDescriptor]:
-    """Descriptors of chunks' rows, a head each: ``width`` (K) columns, of the last tensor BV."""
-    kernel.ready_to_describe(p.device)
-    widths = [width or p.K] * (len(tensors) - 1) + [BV]
-    flat = [t.view(p.B * p.T, -1) for t in tensors]
-    return [
-        TensorDescriptor(f, list(f.shape), list(f.stride()), [C, w]) for f, w in zip(flat, widths)
-    ]
-
-
-def states(p: Plan, BV: int, BK: int, t: Tensor) -> TensorDescriptor:
-    """A descriptor of chunks' states ``[chunks,H,V,K]``."""
-    return TensorDescriptor(t.view(-1, p.K), [p.chunks * p.H * p.V, p.K], [p.K, 1], [BV, BK])
 
 
 def blocks(*tensors: Tensor | None) -> list[TensorDescriptor | None]:
@@ -211,6 +187,9 @@ def _forward(
     final = empty(v, p.N, p.H, p.K, p.V, dtype=torch.float32)
     kept = empty(v, p.bytes(trains), dtype=torch.uint8)
     given = pieces(kept, keeps(p, trains))
+    if p.plain:
+        plain.forward(p, q, k, v, decay, state, table, first, chunk_table, scale, o, final, given)
+        return o, final, kept
     ready = prepared(p, q, k, decay, beta, scale, chunk_table, p.fine, given)
     args = (p, q, k, v, decay, ready)
     if p.split:
@@ -264,6 +243,10 @@ def _backward(
     table, first, chunk_table,
 ):  # fmt: skip
     given = pieces(kept, keeps(p, trained))
+    if p.plain:
+        return plain.backward(
+            p, do, dfinal, q, k, v, decay, state, table, first, chunk_table, scale, given
+        )
     if "A" in given:
         ready = Ready(**{n: t for n, t in given.items() if n in Ready._fields})
     else:
@@ -312,7 +295,7 @@ def _backward(
     if p.bulk and new is not None:
         c = p.config("grads")
         do, D, F = described(p, c["BV"], do, new, through, width=c["BV"])
-        HS, DHS = (states(p, c["BV"], c["BK"], t) for t in (HS, DHS))
+        HS, DHS = (states_of(p, c["BV"], c["BK"], t) for t in (HS, DHS))
     for strong in (False, True) if p.decay == "channel" else (False,):
         _grads(p, scale, strong)(
             q, k, v, decay, beta, do, D, through, F, HS, DHS, da, y, ready.GS, ready.flag,
@@ -333,7 +316,7 @@ def _score_grads(p: Plan, scale: float) -> Launch:
 @bound
 def _grads(p: Plan, scale: float, strong: bool) -> Launch:
     return grads.bind(
-        (p.chunks, p.H, p.parts), scale, p.T, p.B * p.T * p.H,
+        (p.chunks * p.H * p.parts,), scale, p.T, p.B * p.T * p.H,
         **p.heads,
         **p.switches(
             C=C, STRONG=strong, FUSE=p.fuse, EXACT=p.exact, BULK=p.bulk, PRECISION=p.precision
@@ -364,7 +347,7 @@ def run_back(p: Plan, q, k, decay, do, ready: Ready, init, scale, table, **outs)
         q, k, do = described(p, c["BV"], q, k, do, width=c.get("BK", 0))
         if "OUT" in outs:
             (outs["OUT"],) = described(p, c["BV"], outs["OUT"])
-            outs["HS"] = states(p, c["BV"], c.get("BK", p.K), outs["HS"])
+            outs["HS"] = states_of(p, c["BV"], c.get("BK", p.K), outs["HS"])
         A, P, BD, GD = blocks(A, P, BS, GS)
     _scan_back(p, scale, init is not None, "LOCAL" in outs)(
         q, k, decay, do, A, P, BS, BD, QG, KG, KW, GS, GD, init, table,

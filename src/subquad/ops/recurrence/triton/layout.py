@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from subquad.ops import tape
+from subquad.ops import kernel, tape
 from subquad.ops.kernel import Launch
 from subquad.ops.recurrence.triton import configs
 
@@ -51,6 +52,11 @@ def slots(cu: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
     return columns.int().contiguous(), first.int()
 
 
+def goes_plain(decay: str, delta: bool, K: int) -> bool:
+    """Whether nothing but the state, in one tile, goes from chunk to chunk (:mod:`states`)."""
+    return not delta and decay != "channel" and K <= 128
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """How calls of one shape are laid out: sizes, segments and chunks, head counts of the inputs as
@@ -87,6 +93,11 @@ class Plan:
         return self.decay == "none" or self.T <= SHORT
 
     @cached_property
+    def plain(self) -> bool:
+        """See :func:`goes_plain`."""
+        return goes_plain(self.decay, self.delta, self.K)
+
+    @cached_property
     def fine(self) -> bool:
         """Whether the outputs' operands enter as two bfloat16 (see :mod:`scan`)."""
         return self.dtype == torch.bfloat16 and (
@@ -95,13 +106,16 @@ class Plan:
 
     @cached_property
     def bulk(self) -> bool:
-        """Whether the delta rule's tiles go by the copy engine: whole chunks, full tiles, so much
-        work that describing tensors to it pays, and a configuration that reads ahead."""
+        """Whether tiles of the delta rule, or of what goes ``plain``, go by the copy engine: whole
+        chunks, full tiles, so much work that describing tensors to it pays, and a configuration
+        that reads ahead."""
         return (
-            self.delta and self.decay != "channel" and not self.packed and self.T % C == 0
+            (self.plain or (self.delta and self.decay != "channel"))
+            and not self.packed and self.T % C == 0
             and self.K == self.V and self.K in (128, 256) and self.dtype != torch.float32
             and self.chunks * self.H * self.K * self.V >= MANY * 128 * 128
-            and self.config("scan")["num_stages"] > 1 and configs.copy_engine(self.device)
+            and self.config("outputs" if self.plain else "scan")["num_stages"] > 1
+            and configs.copy_engine(self.device)
         )  # fmt: skip
 
     @cached_property
@@ -121,7 +135,7 @@ class Plan:
     @cached_property
     def parts(self) -> int:
         """Programs of a chunk's gradients, each with its share of the key channels."""
-        return cdiv(self.K, self.config("grads")["BK"])
+        return cdiv(self.K, self.config("gradients" if self.plain else "grads")["BK"])
 
     @cached_property
     def form(self) -> tuple:
@@ -189,7 +203,7 @@ def keeps(p: Plan, trains: bool) -> tape.Shapes:
         float32, heads = torch.float32, (p.segments, p.H)
         rows = (link_rows(p)[0], p.K) if p.delta else (p.K if p.decay == "channel" else 1,)
         found = {"starts": ((*heads, p.K, p.V), float32), "link": ((*heads, *rows), float32)}
-    if trains and p.decay != "channel" and not p.fuse:
+    if trains and p.decay != "channel" and not p.fuse and not p.plain:
         chunks = (p.chunks, p.H)
         found["A"] = ((*chunks, C, C), p.dtype)
         if p.delta:
@@ -197,6 +211,33 @@ def keeps(p: Plan, trains: bool) -> tape.Shapes:
         if p.decay == "head":
             found["GS"] = ((*chunks, 3 * C), torch.float32)
     return found
+
+
+def bound(make: Callable[..., Launch]) -> Callable[..., Launch]:
+    """The launch that ``make(plan, *switches)`` binds, made once for a plan and its switches."""
+
+    def find(p: Plan, *switches: Hashable) -> Launch:
+        found = p.launches.get((make, *switches))
+        if found is None:
+            found = p.launches[make, *switches] = make(p, *switches)
+        return found
+
+    return find
+
+
+def described(p: Plan, BV: int, *tensors: Tensor, width: int = 0) -> list[TensorDescriptor]:
+    """Descriptors of chunks' rows, a head each: ``width`` (K) columns, of the last tensor BV."""
+    kernel.ready_to_describe(p.device)
+    widths = [width or p.K] * (len(tensors) - 1) + [BV]
+    flat = [t.view(p.B * p.T, -1) for t in tensors]
+    return [
+        TensorDescriptor(f, list(f.shape), list(f.stride()), [C, w]) for f, w in zip(flat, widths)
+    ]
+
+
+def states_of(p: Plan, BV: int, BK: int, t: Tensor) -> TensorDescriptor:
+    """A descriptor of chunks' states ``[chunks,H,V,K]``."""
+    return TensorDescriptor(t.view(-1, p.K), [p.chunks * p.H * p.V, p.K], [p.K, 1], [BV, BK])
 
 
 class Tables(NamedTuple):
@@ -242,8 +283,12 @@ def lay_out(q, k_heads, v, decay, beta_heads, sequences, dtype, device, whole, _
     size = cdiv(T, C) * C
     if not whole:
         arch, shape = configs.arch(device), (name, delta, K, V, dtype.itemsize)
-        programs = N * H * cdiv(V, configs.config("scan", arch, *shape)["BV"])
-        fill = configs.config("scan_split", arch, *shape)["fill"]
+        if goes_plain(name, delta, K):
+            c = configs.config("states", arch, *shape)
+            programs, fill = N * H * cdiv(V, c["BV"]) * cdiv(K, c["BK"]), c["fill"]
+        else:
+            programs = N * H * cdiv(V, configs.config("scan", arch, *shape)["BV"])
+            fill = configs.config("scan_split", arch, *shape)["fill"]
         size = segment_length(T, programs, configs.processors(device), fill)
     segments, chunks = B * cdiv(T, size), B * cdiv(T, C)
     if packed:

@@ -153,8 +153,8 @@ def prepare(
     LIMIT: tl.constexpr, EXACT: tl.constexpr, FINE: tl.constexpr, BULK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0)
-    h = tl.program_id(1)
+    h = tl.program_id(0) % H
+    index = tl.program_id(0) // H
     if BULK:
         _chunk(
             Q, K_, G_, BETA, FLAG, A, AL, P, BS, QG, KG, KW, GS,

@@ -1,0 +1,188 @@
+"""Without the delta rule, decays per head or none: nothing but the state goes from chunk to chunk.
+
+So the scores are made where the state passes by, and nothing is prepared but the decays. The pass
+back in time is the same one, for the state's gradient; :mod:`gradients` takes all chunks at once.
+
+    o  =  scale (exp(G) (q S) + A v)                    A = lower(q_i . k_j exp(G_i - G_j))
+    S  <- exp(G_end) S  + (exp(G_end - G) k)^T v        S before each chunk
+    dS <- exp(G_end) dS + (scale exp(G) q)^T do         dS after each chunk
+
+A sequence that is split starts every segment from zero, and ``join`` carries the state over the
+segments. The state stands transposed, ``[V,K]``. Decays go by powers of two, as the GPU's own
+instruction takes them.
+"""
+
+import triton.language as tl
+
+from subquad.ops.recurrence.triton.parts import LOG2E, bulk, bulk_put_t, halved, kernel, segment
+from subquad.ops.recurrence.triton.state import keep, state_at
+
+
+@kernel
+def decays(
+    G_, TABLE, GS, T, HD, C: tl.constexpr, BH: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """GS ``[chunks,HD,C]``: a chunk's log decays, summed from its start, to the base 2."""
+    index = tl.program_id(0)
+    first, end, _, _, _, chunk = segment(TABLE, index, T, C, C, PACKED)
+    n = tl.arange(0, C)[:, None]
+    h = tl.program_id(1) * BH + tl.arange(0, BH)[None, :]
+    left = end - first
+    g = tl.load(G_ + (first + n) * HD + h, mask=(h < HD) & (n < left), other=0.0).to(tl.float32)
+    G = tl.cumsum(g, axis=0) * LOG2E
+    tl.store(GS + (chunk.to(tl.int64) * HD + h) * C + n, G, mask=h < tl.where(left > 0, HD, 0))
+
+
+@kernel
+def states(
+    X, Y, Q, GS, INIT, TABLE, HS, O, LOCAL, LINK, LAST,
+    scale, T, SIZE, H, HX, HY, HQ, HD,
+    K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, PACKED: tl.constexpr, HAS_INIT: tl.constexpr, CARRIED: tl.constexpr,
+    KEEP: tl.constexpr, OUTPUT: tl.constexpr, FINE: tl.constexpr, SPLIT: tl.constexpr,
+    BACK: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One segment of one head, BV value and BK key columns of the state; X is v (BACK: do), Y is k
+    (BACK: q).
+
+    INIT is the state before each segment (CARRIED: as :func:`join` wrote it). KEEP writes HS, the
+    state before every chunk (BACK: the gradient after it); OUTPUT (all key columns) writes O. SPLIT
+    starts every segment from zero, writes its own result to LOCAL and its decay to LINK; else LAST
+    gets the state after a sequence (BACK: the gradient before it). FINE lets the scores enter O as
+    two bfloat16, and where no decay fades what the state has lost the state, too.
+    """
+    columns_of: tl.constexpr = (K + BK - 1) // BK
+    blocks: tl.constexpr = (V + BV - 1) // BV * columns_of
+    pid = tl.program_id(0)
+    h = tl.program_id(1)
+    index = pid // blocks
+    part = pid % blocks
+    value = part // columns_of * BV
+    column = part % columns_of * BK
+    first, end, sequence, opens, closes, chunk = segment(TABLE, index, T, SIZE, C, PACKED)
+    rows = value + tl.arange(0, BV)
+    columns = column + tl.arange(0, BK)
+    hx, hy, hq, hd = h * HX // H, h * HY // H, h * HQ // H, h * HD // H
+
+    S = tl.zeros([BV, BK], tl.float32)
+    if HAS_INIT:
+        if CARRIED:
+            at = INIT + (index.to(tl.int64) * H + h) * (V * K) + rows[:, None] * K
+            ok = (rows[:, None] < V) & (columns[None, :] < K)
+            S = tl.load(at + columns[None, :], mask=ok, other=0.0)
+        else:
+            at, ok = state_at(INIT, index, h, H, rows, columns, K, V)
+            S = tl.load(at, mask=ok, other=0.0)
+    total = 0.0
+    chunks = tl.cdiv(end - first, C).to(tl.int32)
+    if SPLIT and BACK:  # nothing comes before the first segment
+        chunks = tl.where(opens, 0, chunks)
+    i = tl.arange(0, C)[None, :]
+    j = tl.arange(0, C)[:, None]
+    whole = 0.0
+    if DECAY:
+        n = 0
+        if BACK:
+            n = tl.maximum(chunks - 1, 0)
+        whole = tl.load(GS + ((chunk + n).to(tl.int64) * HD + hd) * C + C - 1, mask=chunks > 0)
+    for m in range(chunks):
+        n = m
+        if BACK:
+            n = chunks - 1 - m
+        t = first + n * C
+        left = end - t
+        if DECAY:
+            row = GS + ((chunk + n).to(tl.int64) * HD + hd) * C
+            G = tl.load(row + tl.arange(0, C))
+            # A step ahead: loads that scale an accumulator are not moved ahead by the compiler.
+            if BACK:
+                later = tl.load(row - HD * C + C - 1, mask=n > 0, other=0.0)
+            else:
+                later = tl.load(row + HD * C + C - 1, mask=n + 1 < chunks, other=0.0)
+        x = bulk(X, t, left, HX, hx, value, V, C, BV, BULK)
+        y = bulk(Y, t, left, HY, hy, column, K, C, BK, BULK)
+        kind = y.dtype
+        if KEEP:
+            keep(HS, S.to(kind), chunk + n, h, H, value, column, K, V, BV, BK, BULK)
+        if OUTPUT:
+            q = bulk(Q, t, left, HQ, hq, 0, K, C, BK, BULK)
+            a = tl.dot(y, tl.trans(q), input_precision=PRECISION)
+            if FINE and not DECAY:
+                high, low = halved(S)
+                o = tl.dot(high, tl.trans(q))
+                o = tl.dot(low, tl.trans(q), o)
+            else:
+                o = tl.dot(S.to(kind), tl.trans(q), input_precision=PRECISION)
+            if DECAY:
+                o *= (tl.exp2(G) * scale)[None, :]
+                a *= tl.exp2(tl.where(i >= j, G[None, :] - G[:, None], float("-inf"))) * scale
+            else:
+                o *= scale
+                a = tl.where(i >= j, a * scale, 0.0)
+            if FINE:
+                high, low = halved(a)
+                o = tl.dot(tl.trans(x), high, o)
+                o = tl.dot(tl.trans(x), low, o)
+            else:
+                o = tl.dot(tl.trans(x), a.to(kind), o, input_precision=PRECISION)
+            bulk_put_t(O, o, t, left, H, h, value, V, C, BV, BULK)
+        x = tl.trans(x)
+        if DECAY:
+            if BACK:
+                x = (x * (tl.exp2(G) * scale)[None, :]).to(kind)
+            else:
+                x = (x * tl.exp2(whole - G)[None, :]).to(kind)
+            S *= tl.exp2(whole)
+            total += whole
+            whole = later
+        elif BACK:
+            x = (x * scale).to(kind)
+        S = tl.dot(x, y, S, input_precision=PRECISION)
+    if SPLIT:
+        keep(LOCAL, S, index, h, H, value, column, K, V, BV, BK, False)
+        if not BACK:
+            tl.store(LINK + index.to(tl.int64) * H + h, tl.exp2(total))
+    elif LAST is not None:
+        if BACK:
+            closes = opens
+        at, ok = state_at(LAST, sequence, h, H, rows, columns, K, V)
+        tl.store(at, S, mask=ok & (rows[:, None] < tl.where(closes, V, 0)))
+
+
+@kernel
+def join(
+    LOCAL, LINK, INIT, FIRST, OUT, LAST,
+    T, SIZE, H,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PACKED: tl.constexpr, HAS_INIT: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Carry the state (BACK: its gradient) over the segments of one sequence: OUT gets what stands
+    before each (BACK: after it), LAST what stands after the last (not BACK)."""
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    sequence = tl.program_id(0) // blocks
+    h = tl.program_id(1)
+    if PACKED:
+        low = tl.load(FIRST + sequence)
+        count = tl.load(FIRST + sequence + 1) - low
+    else:
+        count = tl.cdiv(T, SIZE)
+        low = sequence * count
+    row = tl.program_id(0) % blocks * BV
+    rows = row + tl.arange(0, BV)
+    columns = tl.arange(0, BK)
+    S = tl.zeros([BV, BK], tl.float32)
+    if HAS_INIT:
+        at, ok = state_at(INIT, sequence, h, H, rows, columns, K, V)
+        S = tl.load(at, mask=ok, other=0.0)
+    ok = (rows[:, None] < V) & (columns[None, :] < K)
+    for n in range(count):
+        index = low + n
+        if BACK:
+            index = low + count - 1 - n
+        keep(OUT, S, index, h, H, row, 0, K, V, BV, BK, False)
+        base = index.to(tl.int64) * H + h
+        at = LOCAL + base * (V * K) + rows[:, None] * K + columns[None, :]
+        S = S * tl.load(LINK + base) + tl.load(at, mask=ok, other=0.0)
+    if not BACK:
+        at, ok = state_at(LAST, sequence, h, H, rows, columns, K, V)
+        tl.store(at, S, mask=ok)
