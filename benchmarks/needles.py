@@ -66,7 +66,7 @@ ROWS = (
     Row("flexprefill:gamma=0.85", least=0.95, pairs=0.25),
     Row("quest:budget=784,variant=frontier", least=0.95, keys=0.10),
     Row("quest:budget=800,dense_layers=0", least=0.95, keys=0.10),
-    Row("hip:budget=768,block=1,representative=center,dense_layers=0", least=0.95, pairs=0.25),
+    Row("hip:budget=800,block=1,representative=center,dense_layers=0", least=0.95, pairs=0.25),
     Row("hip:budget=768,dense_layers=0", least=0.95, pairs=0.25),
     Row("snapkv:capacity=850,variant=frontier,window=64", least=0.95, cache=0.12),
     Row("ada_snapkv:capacity=850,variant=frontier,window=64", least=0.95, cache=0.12),
