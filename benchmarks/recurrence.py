@@ -131,6 +131,7 @@ def peer(case: Case) -> dict[str, Any]:
     from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.gla import chunk_gla
+    from fla.ops.kda import chunk_kda
     from fla.ops.simple_gla import chunk_simple_gla
 
     # It refuses its gated backward here for wrong gradients; timed all the same.
@@ -140,6 +141,7 @@ def peer(case: Case) -> dict[str, Any]:
         ("channel", False): chunk_gla,
         ("none", True): chunk_delta_rule,
         ("head", True): chunk_gated_delta_rule,
+        ("channel", True): chunk_kda,
     }[case.decay, case.delta]
 
     def run(q, k, v, decay, beta, state, cu_seqlens):
@@ -168,8 +170,6 @@ def dense(case: Case) -> dict[str, float]:
 
 def apart(row: str, limit: float) -> dict[str, Any]:
     """The peer's row in a process of its own."""
-    if ROWS[row].decay == "channel" and ROWS[row].delta:
-        return {"skipped": "does not finish tuning in 5 minutes"}
     command = [sys.executable, __file__, "--peer-row", row]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
