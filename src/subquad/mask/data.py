@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.mask.algebra import And, Band, Mask, Rect
+from subquad.mask.kept import kept
 from subquad.mask.table import Table, readable
 
 
@@ -232,7 +233,7 @@ class PerHead(Mask):
             part._check(T, S, offset)
 
 
-@lru_cache(maxsize=16)
+@kept(16)
 def _range_tables(ids: Table) -> tuple[Tensor, Tensor]:
     """Least and largest id of every run of ``2**level`` ids from each start: ``[levels, N]``."""
     low = high = ids.tensor.cpu()

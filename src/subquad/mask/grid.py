@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from subquad.mask.algebra import Mask
+from subquad.mask.kept import kept
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class Neighborhood(Mask):
         return columns
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _patterns(axis: Axis, side: int) -> Tensor:
     """Equal numbers for equal patterns of a tile of queries and one of keys on an axis, of one
     dilation group: int64 ``[groups, tiles, tiles]``."""

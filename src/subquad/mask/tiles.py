@@ -8,11 +8,13 @@ are evaluated pair by pair, once for every distinct signature.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from subquad.mask.kept import kept
 
 if TYPE_CHECKING:
     from subquad.mask.algebra import Mask
@@ -79,7 +81,7 @@ class Tiles:
         return self.column[a:b], self.pattern[a:b]
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def tiles(mask: Mask, T: int, S: int, block: int, offset: int) -> Tiles:
     B, H = mask.planes
     parts: dict[Mask, int] = {}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from subquad import mask as masks
 from subquad.mask.grid import Axis, Neighborhood
+from subquad.mask.kept import kept
 from subquad.mask.simulate import simulate
 from subquad.ops import checks
 from subquad.ops.attention import attention, merge
@@ -87,7 +88,7 @@ def neighborhood(
     return (o, lse) if return_lse else o
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _orders(mask: Neighborhood) -> tuple[Tensor, Tensor]:
     """The token that stands at each place (any at padding), and each token's place."""
     order = mask.order()

@@ -8,7 +8,6 @@ Legend: B batch, L1..Ln grid of T tokens, H heads, K key dim, V value dim, W key
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from subquad import mask as masks
 from subquad.mask.grid import Axis
+from subquad.mask.kept import kept
 from subquad.ops import checks
 
 COPIED = 1 << 22  # elements of keys copied at once
@@ -75,7 +75,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, keys: Tensor, shift: 
     return torch.einsum("bthw,btwhv->bthv", weights, v[:, keys].to(wide)).to(v.dtype)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _window_index(axes: tuple[Axis, ...]) -> tuple[Tensor, Tensor]:
     """Of every token, row-major: its keys and their places in a flat bias, int64 ``[T,W]``."""
     keys = shift = torch.zeros(1, 1, dtype=torch.int64)
