@@ -5,8 +5,8 @@
 Gated DeltaNet in every layer, Kimi Linear (three of KDA to one of MLA), and softmax attention
 (PyTorch's), in bfloat16 with random weights and tokens. Training: forward, backward and a step of
 fused AdamW, 32,768 tokens a step or one sequence; from 32,768 tokens a sequence on, all three
-recompute their activations. Decoding: one text, behind a context that was read in pieces; where the
-state does not grow also as a CUDA graph. The file is written after every figure.
+recompute their activations. Decoding: one text, behind a context that was read in pieces, launched
+from Python and recorded (``CausalLM.steps``). The file is written after every figure.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import argparse
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,51 +93,20 @@ def decoding(name: str, context: int, device: str) -> dict[str, Any]:
         model(input_ids=piece, past_key_values=cache, logits_to_keep=1)
     read = clock(device) - start
     token = torch.randint(SIZES["vocab_size"], (1, 1), device=device)
-
-    def step() -> None:
-        token.copy_(model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1))
-
-    for _ in range(4):
-        step()
-    held = cache.nbytes
-    start = clock(device)
-    for _ in range(STEPS):
-        step()
-    out: dict[str, Any] = {
-        "context": context, "read_s": read, "cache_bytes": held,
-        "tokens_per_s": STEPS / (clock(device) - start),
-    }  # fmt: skip
-    if device == "cuda" and not any(state.past for state in cache.states):
-        out["graph_tokens_per_s"] = graphed(model, cache, token)
+    step = model.steps(cache, room=4 * STEPS)
+    out: dict[str, Any] = {"context": context, "read_s": read, "cache_bytes": cache.nbytes}
+    for recorded, tokens in ((False, STEPS), (True, 3 * STEPS)):
+        if recorded and not step.repeats:
+            continue
+        one = step if recorded else lambda ids: model(input_ids=ids, past_key_values=cache).logits
+        for _ in range(4):
+            token = one(token).view(1, -1).argmax(-1, keepdim=True)
+        start = clock(device)
+        for _ in range(tokens):
+            token = one(token).view(1, -1).argmax(-1, keepdim=True)
+        rate = tokens / (clock(device) - start)
+        out["recorded_tokens_per_s" if recorded else "tokens_per_s"] = rate
     return out
-
-
-def graphed(model: CausalLM, cache: StateCache, token: torch.Tensor) -> float:
-    """Tokens a second of a CUDA graph of one step, whose states stay where they are."""
-    homes = cache.states
-
-    def step() -> None:
-        cache.states = [replace(state) for state in homes]
-        token.copy_(model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1))
-        for home, new in zip(homes, cache.states, strict=True):
-            for key, tensor in new.tensors.items():
-                if tensor.data_ptr() != home[key].data_ptr():
-                    home[key].copy_(tensor)
-            home.seen.copy_(new.seen)
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
-    start = clock("cuda")
-    for _ in range(4 * STEPS):
-        graph.replay()
-    return 4 * STEPS / (clock("cuda") - start)
 
 
 def main() -> None:

@@ -179,3 +179,18 @@ def test_best_pages(tokens, P, current):
         assert torch.equal(found[..., :6], want)
         if current:
             assert (found[..., 6] == last * 16).all()
+
+
+@inside
+@pytest.mark.parametrize("clock", [None, 40, 90])
+def test_a_token_of_latents(clock, monkeypatch):
+    """576 features of a key, 512 of them its value, in memory that is not filled."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 8, 576).half(), torch.randn(2, 91, 1, 576).half()
+    if clock is not None:
+        k[:, clock + 1 :] = torch.nan
+        clock = torch.tensor([clock])
+    found = token.token(q, k, k[..., :512], clock, scale=0.05)
+    monkeypatch.setattr(token, "interpreted", lambda: False)
+    want = token.token(q.double(), k.double(), k[..., :512].double(), clock, scale=0.05)
+    torch.testing.assert_close(found.double(), want, atol=2e-3, rtol=2e-3)

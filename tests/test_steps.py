@@ -7,8 +7,8 @@ import torch
 
 from policy_kit import applied, close, tiny, tokens
 from subquad.caches.kv import PolicyCache
+from subquad.caches.steps import decoding
 from subquad.policies import Policy, StreamingLLM, create_policy
-from subquad.policies.steps import decoding
 
 GATES = ((1, 0), (0.2, 0.8))
 CASES = {

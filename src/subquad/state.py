@@ -23,11 +23,15 @@ class State:
         seen: int64 ``[B]``, the real (not padding) tokens that each row has consumed.
         past: names of the tensors that grow along axis 1 with the tokens seen, one entry a
             position. Only a state whose every tensor is listed here can be cropped.
+        roomy: the tensors of ``past`` are memory with room (:meth:`reserved`), of which each row's
+            first ``seen`` entries hold tokens, and a token more is written into it in place, so
+            that its launches depend on no number of the host.
     """
 
     tensors: Mapping[str, Tensor]
     seen: Tensor
     past: tuple[str, ...] = field(default=())
+    roomy: bool = False
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -66,6 +70,29 @@ class State:
     def select(self, rows: Tensor) -> State:
         """The state of the batch rows ``rows`` (int ``[B']``), as beam search reorders them."""
         return self.map(lambda t: t.index_select(0, rows.to(t.device)))
+
+    def reserved(self, tokens: int) -> State:
+        """A copy with room for ``tokens`` more tokens; of rows without padding."""
+
+        def roomy(t: Tensor) -> Tensor:
+            memory = t.new_empty(t.shape[0], t.shape[1] + tokens, *t.shape[2:])
+            memory[:, : t.shape[1]] = t
+            return memory
+
+        kept = {n: roomy(t) if n in self.past else t.clone() for n, t in self.tensors.items()}
+        return replace(self, tensors=kept, seen=self.seen.clone(), roomy=True)
+
+    def overwrite(self, new: State) -> None:
+        """Take over what a token made of this roomy state, where it is not in this memory."""
+        for name, t in self.tensors.items():
+            if new[name].data_ptr() != t.data_ptr():
+                t.copy_(new[name])
+        self.seen.copy_(new.seen)
+
+    def filled(self, tokens: int) -> State:
+        """The state of a roomy one that holds ``tokens`` tokens, in the same memory."""
+        kept = {n: t[:, :tokens] if n in self.past else t for n, t in self.tensors.items()}
+        return replace(self, tensors=kept, roomy=False)
 
     def crop(self, tokens: int) -> State:
         """The state without its last ``tokens`` tokens.

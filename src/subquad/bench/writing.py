@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TextStreamer
 
 from subquad.bench import policies
+from subquad.caches.steps import decoding
 from subquad.models import CausalLM
 from subquad.models.checkpoint import tokenizer_of
 from subquad.ops import checks
 from subquad.policies.hook import apply
 from subquad.policies.parts.decoder import attention_modules
-from subquad.policies.steps import decoding
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,9 @@ class Writer:
         more: dict[str, Any] = {"temperature": temperature} if temperature > 0 else {}
         with nullcontext() if self.policy is None else apply(self.model, self.policy) as on:
             cache = policies.new_cache(self.model) if on is None else on.new_cache()
-            if on is not None:
-                more["custom_generate"] = decoding(on, streamer)
+            records = self.model if isinstance(self.model, CausalLM) else on
+            if records is not None:
+                more["custom_generate"] = decoding(records, streamer)
             hooks = _report_layers(self.model, reading)
             try:
                 start = time.perf_counter()

@@ -279,6 +279,14 @@ class PolicyCache(Cache):
     def held(self) -> list[KVLayer]:
         return cast(list[KVLayer], self.layers)
 
+    @property
+    def place(self) -> tuple[int]:
+        return (self.held[0].seen,)
+
+    @property
+    def steady(self) -> bool:
+        return True
+
     def reserve(self, n: int) -> None:
         """Make room for ``n`` more tokens."""
         for layer in self.held:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from subquad.mixers.parts.past import PAD
 from subquad.state import State
 
 
@@ -21,18 +23,33 @@ class StateCache(Cache):
     Attributes:
         states: one :class:`~subquad.state.State` a layer, empty before the first token.
         tokens: columns of the input consumed so far, left padding included.
+        steady: whether the last call was of a token that left every state as large as it was, but
+            for what holds an entry a token.
         pending: ``[B,P,C]``, embeddings of columns in which some sequence has not begun yet. A
             mixer takes padding only at the very start, so they are read again with what follows.
     """
 
     def __init__(self) -> None:
         super().__init__(layers=[])
+        self._version = 0
         self.reset()
 
     def reset(self) -> None:
-        self.states: list[State] = []
+        self.states = []
         self.tokens = 0
         self.pending: Tensor | None = None
+        self.steady = False
+
+    @property
+    def states(self) -> list[State]:
+        if self._counting or not self._roomy:
+            return self._states
+        return [state.filled(self.tokens) for state in self._states]
+
+    @states.setter
+    def states(self, states: list[State]) -> None:
+        self._states, self._roomy, self._counting = states, False, False
+        self._version += 1
 
     def with_pending(self, x: Tensor) -> Tensor:
         """``x [B,T,C]`` behind the pending columns, from whose start the states then begin anew."""
@@ -41,11 +58,37 @@ class StateCache(Cache):
         self.states = []
         return torch.cat([self.pending, x], 1)
 
-    def advance(self, states: Iterable[State], tokens: int, pending: Tensor | None = None) -> None:
+    def take(self, states: Iterable[State], tokens: int, pending: Tensor | None = None) -> None:
         """Take the states after ``tokens`` more columns of input."""
-        self.states = list(states)
+        states = list(states)
+        if self._counting:
+            for home, new in zip(self._states, states, strict=True):
+                home.overwrite(new)
+        else:
+            self.steady = tokens == 1 and sizes(self.states) == sizes(states)
+            self.states = states
         self.tokens += tokens
         self.pending = pending
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """See :class:`~subquad.caches.steps.Counting`, as for the following three."""
+        return self.tokens, self._version
+
+    def reserve(self, n: int) -> None:
+        self.states = [state.reserved(n) for state in self.states]
+        self._roomy = True
+
+    def advance(self) -> None:
+        self.tokens += 1
+
+    @contextmanager
+    def counted_by(self, clock: Tensor) -> Iterator[None]:
+        self._counting = True
+        try:
+            yield
+        finally:
+            self._counting = False
 
     def __len__(self) -> int:
         return len(self.states)
@@ -111,3 +154,10 @@ class StateCache(Cache):
 
     def update(self, *args, **kwargs):
         raise TypeError("a StateCache holds mixer states, not keys and values: use advance()")
+
+
+def sizes(states: Iterable[State]) -> list[dict[str, torch.Size]]:
+    """Of what does not grow with the tokens; padding does not stay where it is."""
+    return [
+        {n: t.shape for n, t in s.tensors.items() if n == PAD or n not in s.past} for s in states
+    ]

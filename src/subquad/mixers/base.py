@@ -45,6 +45,12 @@ class Context:
         """The tensor ``name`` of the past, None at the start."""
         return None if self.state is None else self.state[name]
 
+    @property
+    def clock(self) -> Tensor | None:
+        """int64 ``[1]``, the tokens that a state's memory with room holds; None without such."""
+        roomy = self.state is not None and self.state.roomy and self.state.past
+        return self.seen[:1] if roomy else None
+
     def zero_padding(self, x: Tensor) -> Tensor:
         """``x [B,T,...]`` with zeros at the padded positions."""
         if self.padding is None:
@@ -86,6 +92,8 @@ class Mixer(nn.Module):
         causal: whether y at t depends on x up to t only.
         off_grid: tokens in front of those that ``grid`` holds.
         past: names of the state's tensors that hold one entry per token (see ``State.past``).
+        repeats: whether a token's launches depend on no number of the host but the shapes of its
+            state, which may have room (``State.roomy``).
         FOREIGN: other libraries' parameter names, where they differ, to ours (see ``translate``).
         ADDED: parameters that add nothing at first, so that a model without them may be taken over.
         WITHOUT: options of the class that it is made of, and hands on, which it does not take.
@@ -94,6 +102,7 @@ class Mixer(nn.Module):
     causal: bool = True
     off_grid: int = 0
     past: tuple[str, ...] = ()
+    repeats: bool = False
     FOREIGN: ClassVar[Mapping[str, str]] = {}
     ADDED: ClassVar[tuple[str, ...]] = ()
     WITHOUT: ClassVar[tuple[str, ...]] = ()

@@ -46,6 +46,7 @@ class HGRN(Mixer):
     """
 
     FOREIGN = {"g_norm.weight": "norm.weight"}
+    repeats = True
 
     def __init__(
         self,

@@ -46,6 +46,8 @@ class LinearAttention(Mixer):
         norm_eps: of the output norm.
     """
 
+    repeats = True
+
     def __init__(
         self,
         *,

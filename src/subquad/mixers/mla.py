@@ -19,7 +19,6 @@ from subquad.mixers.base import Context, Mixer
 from subquad.mixers.parts.past import Span
 from subquad.mixers.parts.rotary import LAYOUTS, rope_frequencies, rotate
 from subquad.ops import checks
-from subquad.parallel import attention
 
 FORMS = ("auto", "expanded", "absorbed")
 
@@ -47,6 +46,7 @@ class MLA(Mixer):
     """
 
     past = ("latent", "pad")
+    repeats = True
     FOREIGN: ClassVar[Mapping[str, str]] = {
         "kv_a_proj_with_mqa.weight": "kv_a_proj.weight",
         "kv_a_layernorm.weight": "norm.weight",
@@ -115,7 +115,7 @@ class MLA(Mixer):
         heads = self.kv_b_proj(c).unflatten(-1, (self.heads, -1))
         own, v = heads.split([self.nope_dim, self.value_dim], -1)
         k = torch.cat([own, r[:, :, None].expand(-1, -1, self.heads, -1)], -1)
-        return attention(q, k, v, span.mask(), scale=self.scale, cu_seqlens=span.cu_seqlens)
+        return span.attention(q, k, v, span.mask(), self.scale)
 
     def _absorbed(self, q: Tensor, latent: Tensor, span: Span) -> Tensor:
         Wb = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
@@ -123,7 +123,7 @@ class MLA(Mixer):
         own, shared = q.split([self.nope_dim, self.rope_dim], -1)
         q = torch.cat([torch.einsum("bthn,hnl->bthl", own, Wk), shared], -1)
         k, v = latent[:, :, None], latent[:, :, None, : self.latent_dim]
-        o = attention(q, k, v, span.mask(), scale=self.scale, cu_seqlens=span.cu_seqlens)
+        o = span.attention(q, k, v, span.mask(), self.scale)
         return torch.einsum("bthl,hvl->bthv", o, Wv)
 
     def _absorbs(self, T: int, S: int) -> bool:

@@ -21,7 +21,6 @@ from subquad.mixers.parts.past import Span
 from subquad.mixers.parts.rotary import LAYOUTS, rope_frequencies, rotate
 from subquad.ops import checks
 from subquad.ops.attention import reference as definition
-from subquad.parallel import attention
 
 
 class Softmax(Mixer):
@@ -117,15 +116,12 @@ class Softmax(Mixer):
         """What each head reads, ``o [B,T,H,V]`` before ``o_proj``, and the new state's tensors."""
         q, k, v = self.qkv(x, context)
         span = Span(context, {"k": k, "v": v}, window=self.window, sinks=self.sinks)
-        o = attention(
-            span.rows(q),
-            span["k"],
-            span["v"],
-            self.visible(span),
-            scale=self.scale,
-            cu_seqlens=span.cu_seqlens,
-        )
+        o = span.attention(span.rows(q), span["k"], span["v"], self.visible(span), self.scale)
         return span.tokens(o), span.state()
+
+    @property
+    def repeats(self) -> bool:  # type: ignore[override]
+        return type(self) is Softmax and self.causal and not self.sinks
 
     def weights(self, x: Tensor, context: Context) -> Tensor:
         """The attention weights ``[B,H,T,T]`` by their definition: quadratic, for short texts.

@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from subquad.caches.states import StateCache
+from subquad.caches.steps import ROOM, Steps
 from subquad.mixers.base import Context
 from subquad.mixers.parts.norm import GatedRMSNorm as RMSNorm
 from subquad.models.blocks import Block, lower_bounds, normed
@@ -119,7 +120,7 @@ class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
         keep = keep and not right
         if keep:
             seen = T if (here := current()) is None else T * here.size
-            cache.advance(states, seen, pending=x if unstarted(padding) else None)
+            cache.take(states, seen, pending=x if unstarted(padding) else None)
 
         h = h[:, -T:]
         last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -217,6 +218,16 @@ class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
     @property
     def blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.layers))
+
+    def steps(self, cache: StateCache, room: int = ROOM) -> Steps:
+        """Decode from ``cache``, token after token; on a GPU the launches are recorded and repeated
+        where all mixers can (``Mixer.repeats``). See :class:`~subquad.caches.steps.Steps`."""
+
+        def run(ids: Tensor, places: Tensor | None) -> Tensor:
+            return self(input_ids=ids, past_key_values=cache).logits
+
+        can = all(b.mixer.repeats for b in self.blocks) and self.config.max_positions is None
+        return Steps(run, cache, repeats=can and self.device.type == "cuda", room=room)
 
     def state_bytes(self, T: int, dtype: torch.dtype | None = None) -> int:
         """Bytes of the cache of one sequence after T tokens; dtype is the activations'."""

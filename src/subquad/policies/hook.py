@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from subquad.caches.kv import PolicyCache
+from subquad.caches.steps import ROOM, Steps
 from subquad.ops.attention.token import Rope
 from subquad.policies.base import Call, Policy, Site, Tally
 from subquad.policies.parts import late
@@ -29,7 +30,6 @@ from subquad.policies.parts.decoder import (
     rotation_of,
     site_of,
 )
-from subquad.policies.steps import ROOM, Steps
 
 NAME = "subquad"
 
@@ -215,8 +215,15 @@ class Applied:
 
     def steps(self, cache: PolicyCache, room: int = ROOM) -> Steps:
         """Decode from ``cache``, token after token; on a GPU the launches are recorded and
-        repeated. See :class:`~subquad.policies.steps.Steps`."""
-        return Steps(self, cache, room)
+        repeated, where the policy can (``Policy.repeats``) and nobody counts pairs. See
+        :class:`~subquad.caches.steps.Steps`."""
+        can = all(self.policy.repeats(site) for site in self.sites) and not self.rescales
+
+        def run(ids: Tensor, places: Tensor | None) -> Tensor:
+            return self.model(ids, past_key_values=cache, position_ids=places).logits
+
+        repeats = can and self.model.device.type == "cuda" and self.tally is None
+        return Steps(run, cache, repeats=repeats, room=room)
 
     @property
     def rescales(self) -> bool:

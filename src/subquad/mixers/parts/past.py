@@ -15,6 +15,8 @@ from torch import Tensor
 from subquad import mask as masks
 from subquad.mask import Mask
 from subquad.mixers.base import Context
+from subquad.ops.attention.token import token
+from subquad.parallel import attention
 from subquad.parallel.tokens import join
 
 PAD = "pad"  # bool [N,S] among a state's tensors, True where a row holds no token (on its left)
@@ -73,6 +75,8 @@ class Span:
         elif context.cu_seqlens is not None:
             self._packing = _Packing(context.cu_seqlens)
             self.tensors, self.pad = self._packing.join(past, new, pad)
+        elif context.clock is not None:
+            self.tensors = {n: past[n].index_copy_(1, context.clock, t) for n, t in new.items()}
         else:
             self.tensors = {name: append(past[name], t) for name, t in new.items()}
             if pad in past:
@@ -96,6 +100,15 @@ class Span:
         held = next(iter(self.tensors.values())).shape[1]
         here = self._context.here
         return held if here is None or self._joined else held * here.size
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        """Of the queries ``q``, in rows, to what ``mask`` lets them see of what is here; a token
+        in memory with room, to all that it holds."""
+        clock = self._context.clock
+        alone = q.shape[1] == 1 and self.cu_seqlens is None and self._context.here is None
+        if clock is not None or (alone and mask == masks.causal()):
+            return token(q, k, v, clock, scale=scale)
+        return attention(q, k, v, mask, scale=scale, cu_seqlens=self.cu_seqlens)
 
     def mask(self) -> Mask:
         """Causal, within the window and the sinks, over the tokens that are there."""

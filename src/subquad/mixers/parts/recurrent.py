@@ -34,6 +34,7 @@ class RecurrentMixer(Mixer):
     """
 
     delta: ClassVar[bool] = False
+    repeats = True
     A_log: Tensor  # of those that decode in one launch
     dt_bias: Tensor
 

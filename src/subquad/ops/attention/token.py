@@ -68,11 +68,13 @@ def token(
     Returns:
         ``o [B,1,H,V]``, 0 where no key is seen.
     """
-    if clock is None and starts is None and rope is None:
+    whole, (K, V) = clock is None and starts is None and rope is None, (k.shape[3], v.shape[3])
+    if whole and (max(K, V) <= 256 or torch.compiler.is_compiling()):
         first = 0 if window is None else max(k.shape[1] - window, 0)
         return attention(q, k[:, first:], v[:, first:], scale=scale)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    fits = q.dtype != torch.float64 and max(k.shape[3], v.shape[3]) <= 256
+    fits = q.dtype != torch.float64 and max(K, V) <= 256
+    fits |= q.dtype.itemsize == 2 and K <= 1024 and V <= 512 and rope is None
     if (q.is_cuda or interpreted()) and fits and not grad:
         from subquad.ops.attention.triton.token import token as run
     else:

@@ -23,6 +23,7 @@ TILES = {
     "rotated": {"BN": 64, "num_warps": 4, "num_stages": 2},
     "rotated float32": {"BN": 16, "num_warps": 4, "num_stages": 2},
     "float32": {"BN": 32, "num_warps": 4, "num_stages": 3},
+    "wide": {"BN": 32, "num_warps": 8, "num_stages": 2},
 }
 
 
@@ -138,8 +139,9 @@ def token(q, k, v, starts, size, scale, window, clock, shift, rope, ring):
     N, n = (G, 0) if starts is None else starts.shape[1:]
     starts = starts if starts is None else starts.contiguous()
     kind, wide = "spans" if n else "all", " float32" if q.dtype == torch.float32 else ""
+    form = "rotated" if rope else "wide" if max(K, V) > 256 else ""
     cos, sin, partner = rope or (None, None, None)
-    tile = TILES["rotated" + wide if rope else wide.strip() or kind]
+    tile = TILES[(form + wide).strip() or kind]
     splits = max(1, min(triton.cdiv(n * size or S, tile["BN"]), PROGRAMS[kind] // (B * N)))
     o = torch.empty(B, 1, H, V, dtype=v.dtype, device=q.device)
     lse, parts = None, o

@@ -1,60 +1,87 @@
 """Token after token, without waiting for the host: a step's launches recorded once and repeated.
 
-A token of a pretrained model is hundreds of short kernels, which the host starts more slowly than a
-GPU runs them. A CUDA graph starts them all at once, if they are the same at every token: caches
-count on the device then (``KVLayer.clock``), and memory is reserved ahead.
+A token of a model is hundreds of short kernels, which the host starts more slowly than a GPU runs
+them. A CUDA graph starts them all at once, if they are the same at every token: caches count on the
+device then, and memory is reserved ahead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from subquad.caches.kv import PolicyCache
 from subquad.ops import checks
-
-if TYPE_CHECKING:
-    from subquad.policies.hook import Applied
 
 ROOM = 1024  # tokens for which memory is reserved at once
 
 
-class Steps:
-    """Decodes by a model under a policy, from a cache that holds a prompt.
+class Counting(Protocol):
+    """A cache whose tokens a device can count.
 
-        with subquad.apply(model, Quest()) as on:
-            cache = on.new_cache()
-            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-            step = on.steps(cache)
-            for _ in range(100):
-                logits = step(logits.argmax(-1, keepdim=True))
+    Attributes:
+        place: the tokens that it counts, and what changes with whatever else is done to it.
+        steady: whether a token's launches are the same as the one's before.
+    """
+
+    @property
+    def place(self) -> tuple[int, *tuple[object, ...]]: ...
+
+    @property
+    def steady(self) -> bool: ...
+
+    def get_seq_length(self) -> int: ...
+
+    def reserve(self, n: int) -> None:
+        """Make room for ``n`` more tokens."""
+
+    def advance(self) -> None:
+        """Count a token that repeated launches have stored."""
+
+    def counted_by(self, clock: Tensor) -> AbstractContextManager[None]:
+        """Within, the token that is decoded is stored and read by ``clock`` (int64 ``[1]``, on the
+        device), not by the host's count."""
+
+
+class Steps:
+    """Decodes from a cache that holds a prompt.
+
+        step = model.steps(cache)  # of a CausalLM; of a pretrained model: on.steps(cache)
+        for _ in range(100):
+            logits = step(logits.argmax(-1, keepdim=True))
 
     The first token runs as always, the second for a rehearsal, the third is recorded, and from then
     on they are repeated; again so after every ``room`` tokens, and where the cache was used
     otherwise in between.
 
     Args:
-        on: the policy in its model; cache: of its :meth:`~subquad.policies.hook.Applied.new_cache`,
-            no row padded.
+        run: ``(ids [B,1], places [B,1] or None) -> logits [B,1,vocabulary]``, with the cache.
+        cache: of the model, no row padded.
+        repeats: whether tokens can be recorded; else every token runs as always.
         room: tokens for which memory is reserved at once.
 
     Attributes:
-        repeats: whether tokens are recorded: on a CUDA device, where the policy can
-            (``Policy.repeats``) and nobody counts pairs. Else every token runs as always.
+        repeats: as given.
     """
 
-    def __init__(self, on: Applied, cache: PolicyCache, room: int = ROOM) -> None:
+    def __init__(
+        self,
+        run: Callable[[Tensor, Tensor | None], Tensor],
+        cache: Counting,
+        *,
+        repeats: bool,
+        room: int = ROOM,
+    ) -> None:
         checks.positive("room", room)
         if not cache.get_seq_length():
             raise ValueError("cache must hold a prompt, got an empty one")
-        self.on, self.cache, self.room = on, cache, room
-        can = all(on.policy.repeats(site) for site in on.sites) and not on.rescales
-        self.repeats = can and on.model.device.type == "cuda" and on.tally is None
+        self._model, self.cache, self.repeats, self.room = run, cache, repeats, room
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._seen, self._left = -1, 0  # after the last step; tokens that there is room for
+        self._place: tuple[object, ...] | None = None  # of the cache after the last step
+        self._left = 0  # tokens that there is room for
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
@@ -63,12 +90,12 @@ class Steps:
             raise ValueError(f"ids must be [B,1], got {list(ids.shape)}")
         if not self.repeats:
             return self._run(ids)
-        if self._seen < 0:  # a policy may have something to settle first
-            logits = self._run(ids)
-        elif self._seen != self.cache.held[0].seen or self._left < 1:
+        if self._place is None or not self.cache.steady:  # there may be something to settle first
+            logits, self._left = self._run(ids), 0
+        elif self._place != self.cache.place or self._left < 1:
             self.cache.reserve(self.room)
             self._graph, self._left = None, self.room
-            self._clock = torch.full((1,), self.cache.held[0].seen, device=ids.device)
+            self._clock = torch.full((1,), self.cache.place[0], device=ids.device)
             self._ids = ids.clone()
             logits = self._counted()
         else:
@@ -82,7 +109,7 @@ class Steps:
                 self.cache.advance()
             self._graph.replay()
             logits = self._logits
-        self._seen, self._left = self.cache.held[0].seen, self._left - 1
+        self._place, self._left = self.cache.place, self._left - 1
         return logits
 
     def _counted(self) -> Tensor:
@@ -93,14 +120,19 @@ class Steps:
         return logits
 
     def _run(self, ids: Tensor, places: Tensor | None = None) -> Tensor:
-        return self.on.model(ids, past_key_values=self.cache, position_ids=places).logits[:, -1]
+        return self._model(ids, places)[:, -1]
 
 
-def decoding(on: Applied, streamer: Any = None) -> Callable[..., Tensor]:
+def decoding(on: Any, streamer: Any = None) -> Callable[..., Tensor]:
     """A ``custom_generate`` for ``model.generate``, whose tokens are :class:`Steps`: greedy or
     sampled, with its processors and criteria, of texts without padding; it returns their tokens.
 
+        model.generate(ids, custom_generate=decoding(model))  # a CausalLM
         model.generate(ids, past_key_values=on.new_cache(), custom_generate=decoding(on))
+
+    Args:
+        on: what has ``steps(cache)``: a :class:`~subquad.models.CausalLM` or a policy in a model.
+        streamer: of transformers, handed every token.
     """
 
     def run(
@@ -119,7 +151,7 @@ def decoding(on: Applied, streamer: Any = None) -> Callable[..., Tensor]:
         cache, pad = model_kwargs["past_key_values"], generation_config.pad_token_id
         new = ids[:, cache.get_seq_length() :]
         logits = model(new, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        step = Steps(on, cache)
+        step = on.steps(cache)
         going = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         while True:
             scores = logits_processor(ids, logits.to(torch.float32, copy=True))
