@@ -5,16 +5,17 @@ With ``u = t - mean t`` and ``g = do . mean - e`` (see :mod:`subquad.ops.probe.c
     a = p (1 - u),   dt = p g,   ds = p (e - delta + u g)
 """
 
-import triton
+from functools import partial
+
 import triton.language as tl
 
-from subquad.ops.probe.triton.forward import rows_at, span_of
+from subquad.ops.kernel import Kernel
+from subquad.ops.probe.triton.forward import SIZES, rows_at, span_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
-SIZES = ["T", "S", "H", "G", "plane"]
 
 
-@triton.jit(do_not_specialize=["rows", "T", "H"])
+@partial(Kernel, sizes=("rows", "T", "H"))
 def probe_rows(
     O, MEAN, DO, LSE, DLSE, LSE2, DELTA, PULL, rows, T, H, sdb, sdt, sdh,
     V: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr,
@@ -34,7 +35,7 @@ def probe_rows(
     tl.store(LSE2 + row, tl.where(seen, lse * LOG2E, float("inf")), mask=exists)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@partial(Kernel, sizes=SIZES)
 def probe_grad_q(
     Q, K_, V_, R, DO, LO, HI, LSE2, DRIFT, DELTA, PULL, DQ, DR,
     scale, T, S, H, G, plane,
@@ -84,7 +85,7 @@ def probe_grad_q(
     tl.store(DR + to, dr.to(DR.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "blocks", "own"])
+@partial(Kernel, sizes=(*SIZES, "blocks", "own"))
 def probe_grad_kv(
     Q, K_, V_, R, DO, LO, HI, FIRST, LAST, LSE2, DRIFT, DELTA, PULL, DK, DV,
     scale, T, S, H, G, plane, blocks, own,

@@ -5,11 +5,15 @@ reference: each row's mean of t over the first block in which it sees a key. The
 depend on it.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
+from subquad.ops.kernel import Kernel
+
 # Compiled once for all of their values.
-SIZES = ["T", "S", "H", "G", "plane", "parts"]
+SIZES = ("T", "S", "H", "G", "plane")
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -30,7 +34,7 @@ def span_of(LO, HI, at, there, S):
     return lo, hi, first, tl.max(tl.where(hi > lo, hi, 0), 0)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@partial(Kernel, sizes=(*SIZES, "parts"), length=2)
 def probe_forward(
     Q, K_, V_, R, LO, HI, O, MEAN, LSE, DRIFT, TOP,
     scale, T, S, H, G, plane, parts,

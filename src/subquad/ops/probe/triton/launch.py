@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from subquad.ops.kernel import on_device
+from subquad.ops.kernel import met, on_device, rehearse
 from subquad.ops.probe.spans import queries_of
 from subquad.ops.probe.triton import backward as grads
 from subquad.ops.probe.triton.forward import probe_forward
@@ -76,7 +76,15 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """As :func:`subquad.ops.probe.chunk.forward`."""
     q, k, v, r = (_dense_last(x) for x in (q, k, v, r))
-    (B, T, H, _), S = q.shape, k.shape[1]
+    (B, T, H, K), S = q.shape, k.shape[1]
+    if saves and not met(("probe", T > FEW, peak, K, v.shape[3], q.dtype, q.device)):
+        inputs = q, k, v, r, lo, hi
+
+        def rehearsal() -> None:
+            o, mean, lse, drift, _ = forward(*inputs, scale, saves, peak)
+            backward(o, lse, *inputs, o, mean, lse, drift, scale)
+
+        rehearse(rehearsal)
     if T > FEW or saves or peak:
         kernel = "forward" if T > FEW else "few"
         return _forward(kernel, q, k, v, r, lo, hi, scale, saves, peak, 1)
@@ -124,8 +132,9 @@ def _forward(
     top = lo.new_empty((rows, T, H) if peak else 0)
     tile, options = _config(kernel, q, v)
     with on_device(q):
-        probe_forward[triton.cdiv(T, tile["BM"]), rows * H](
-            q, k, v, r, lo, hi, o, mean, lse, drift, top,
+        probe_forward.launch(
+            (triton.cdiv(T, tile["BM"]), rows * H),
+            (q, k, v, r, lo, hi, o, mean, lse, drift, top),
             scale * LOG2E, T, S, H, G, _step(lo), parts,
             *[s for x in (q, k, v, r) for s in x.stride()[:3]],
             **_dims(q, v), **tile, SAVES=saves, PEAK=peak, **options,
@@ -147,18 +156,22 @@ def backward(
     sizes = scale, T, S, H, G, _step(lo)
     by_row = lse2, drift, delta, pull
     with on_device(q):
-        grads.probe_rows[(triton.cdiv(B * T * H, 64),)](
-            o, mean, do, lse, dlse.contiguous(), lse2, delta, pull, B * T * H, T, H,
+        grads.probe_rows.launch(
+            (triton.cdiv(B * T * H, 64),),
+            (o, mean, do, lse, dlse.contiguous(), lse2, delta, pull), B * T * H, T, H,
             *do.stride()[:3], V=dims["V"], BV=dims["BV"], BM=64, num_warps=4,
         )  # fmt: skip
         tile, options = _config("grad_q", q, v)
-        grads.probe_grad_q[triton.cdiv(T, tile["BM"]), B * H](
-            q, k, v, r, do, lo, hi, *by_row, dq, dr, *sizes, *strides, **dims, **tile, **options,
+        grads.probe_grad_q.launch(
+            (triton.cdiv(T, tile["BM"]), B * H),
+            (q, k, v, r, do, lo, hi, *by_row, dq, dr), *sizes, *strides,
+            **dims, **tile, **options,
         )  # fmt: skip
         tile, options = _config("grad_kv", q, v)
         first, last = queries_of(lo, hi, S, tile["BN"])
-        grads.probe_grad_kv[first.shape[1], B * G](
-            q, k, v, r, do, lo, hi, first, last, *by_row, dk, dv, *sizes, first.shape[1],
+        grads.probe_grad_kv.launch(
+            (first.shape[1], B * G),
+            (q, k, v, r, do, lo, hi, first, last, *by_row, dk, dv), *sizes, first.shape[1],
             _step(first), *strides, **dims, **tile, **options,
         )  # fmt: skip
     return dq, dk, dv, dr
