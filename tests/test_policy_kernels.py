@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from subquad.ops import cache
 from subquad.ops.attention import token
 from subquad.ops.backend import interpreted
 from subquad.ops.select import pages, top
@@ -40,7 +39,7 @@ def test_diagonals(T, S, M, monkeypatch):
 
     columns, distances = drawn(40), drawn(25)
     found = lines.blocks(columns, distances, T, S, M)
-    monkeypatch.setattr(lines, "interpreted", lambda: False)
+    monkeypatch.setenv("SUBQUAD_BACKEND", "torch")
     for a, b in zip(found, lines.blocks(columns, distances, T, S, M), strict=True):
         assert torch.equal(lines.trimmed(a.long()), b)
 
@@ -127,8 +126,7 @@ def test_quest(options, window, monkeypatch):
         return torch.cat(out, 1)
 
     found = answers()
-    for module in (cache, pages, token):
-        monkeypatch.setattr(module, "interpreted", lambda: False)
+    monkeypatch.setenv("SUBQUAD_BACKEND", "torch")
     torch.testing.assert_close(found, answers())
 
 
@@ -143,8 +141,7 @@ def test_counted_on_the_device(name, monkeypatch):
 
     model = tiny().float()
     found, _ = answer(model, CASES[name](), counted=True, B=1, new=8)
-    for module in (cache, pages, token):
-        monkeypatch.setattr(module, "interpreted", lambda: False)
+    monkeypatch.setenv("SUBQUAD_BACKEND", "torch")
     want, _ = answer(model, CASES[name](), counted=False, B=1, new=8)
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-4)
 
@@ -191,6 +188,6 @@ def test_a_token_of_latents(clock, monkeypatch):
         k[:, clock + 1 :] = torch.nan
         clock = torch.tensor([clock])
     found = token.token(q, k, k[..., :512], clock, scale=0.05)
-    monkeypatch.setattr(token, "interpreted", lambda: False)
+    monkeypatch.setenv("SUBQUAD_BACKEND", "torch")
     want = token.token(q.double(), k.double(), k[..., :512].double(), clock, scale=0.05)
     torch.testing.assert_close(found.double(), want, atol=2e-3, rtol=2e-3)

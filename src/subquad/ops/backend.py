@@ -12,10 +12,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 import subquad
 
@@ -47,6 +50,7 @@ class Request:
     traits: frozenset[str] = field(default_factory=frozenset)
 
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Verifier = Callable[[Request], tuple[bool, str]]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -97,6 +101,37 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@cache
+def _examined() -> str:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    nvidia = torch.version.cuda and torch.cuda.is_available()
+    if nvidia and torch.cuda.get_device_capability()[0] < 8:
+        return "needs a GPU of compute capability 8.0 or newer"
+    return ""
+
+
+@assumed_constant  # a cached function would be traced
+def _machine() -> str:
+    return _examined()
+
+
+def refusal(device: str) -> str:
+    """Why Triton kernels do not run on a type of device, or ""."""
+    if device == "cuda":
+        return _machine()
+    if device == "cpu" and interpreted():
+        return ""
+    return f"runs on cuda (on the CPU under TRITON_INTERPRET=1), not on {device}"
+
+
+def uses_kernels(t: Tensor) -> bool:
+    """Whether an operation on t without a list of implementations runs on Triton kernels: where
+    they run, unless another implementation is asked for."""
+    asked = _forced.name or os.environ.get("SUBQUAD_BACKEND") or "triton"
+    return asked == "triton" and not refusal(t.device.type)
+
+
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
     """Run every operation inside the block with the implementation ``name``, or raise.
@@ -111,6 +146,12 @@ def backend(name: str | None) -> Iterator[None]:
         _forced.name = before
 
 
+def _answer(b: Backend, request: Request) -> tuple[bool, str]:
+    if request.dtype not in DTYPES:  # such as float8, in which nothing can be added
+        return False, f"computes in no {request.dtype}"
+    return b.verify(request)
+
+
 def verdicts(
     backends: Sequence[Backend], request: Request, name: str | None = None
 ) -> list[Verdict]:
@@ -118,7 +159,7 @@ def verdicts(
     name = name or _forced.name or os.environ.get("SUBQUAD_BACKEND")
     out: list[Verdict] = []
     for b in backends:
-        ok, reason = b.verify(request)
+        ok, reason = _answer(b, request)
         if name and b.name != name:
             ok, reason = False, f"{name!r} was asked for"
         out.append(Verdict(b.name, ok, reason, ok and not any(v.chosen for v in out)))
@@ -138,9 +179,9 @@ def choose(
     if name and name not in names:
         raise ValueError(f"backend of {op} must be one of {names}, got {name!r}")
     for b in backends:
-        if (not name or b.name == name) and b.verify(request)[0]:
+        if (not name or b.name == name) and _answer(b, request)[0]:
             return b
-    why = "; ".join(f"{b.name}: {b.verify(request)[1]}" for b in backends)
+    why = "; ".join(f"{b.name}: {_answer(b, request)[1]}" for b in backends)
     raise ValueError(f"no implementation of {op} takes this request ({why})")
 
 

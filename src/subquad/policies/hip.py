@@ -19,7 +19,7 @@ from torch import Tensor
 
 from subquad.caches.kv import KVLayer
 from subquad.ops import checks, select
-from subquad.ops.backend import interpreted
+from subquad.ops.backend import uses_kernels
 from subquad.policies.base import Call, Policy, Site
 from subquad.policies.parts import chosen
 
@@ -137,7 +137,7 @@ class HiP(Policy):
         """Each query over the keys found for its row, its window and the sinks, each key once."""
         q, k, v = call.q, call.layer.keys, call.layer.values
         wide = max(q.shape[3], v.shape[3]) * q.element_size() > 512
-        kernels = (q.is_cuda or interpreted()) and q.dtype != torch.float64 and not wide
+        kernels = uses_kernels(q) and q.dtype != torch.float64 and not wide
         if kernels and call.site.window is None and call.tally is None:
             from subquad.ops.attention.triton.found import found_attention
 

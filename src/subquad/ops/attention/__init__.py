@@ -19,7 +19,7 @@ from subquad import mask as masks
 from subquad.mask import Mask
 from subquad.ops import checks
 from subquad.ops.attention.combine import merge
-from subquad.ops.backend import Backend, Request, choose, interpreted
+from subquad.ops.backend import Backend, Request, choose, refusal
 
 __all__ = ["BACKENDS", "attention", "merge", "request"]
 
@@ -38,8 +38,8 @@ def _sdpa(request: Request) -> tuple[bool, str]:
 
 def _triton(request: Request) -> tuple[bool, str]:
     sizes = request.sizes
-    if request.device != "cuda" and not interpreted():
-        return False, "needs a CUDA GPU, or TRITON_INTERPRET=1"
+    if why := refusal(request.device):
+        return False, why
     if request.dtype not in (float16, bfloat16, float32):
         return False, f"computes in float32, not for {request.dtype}"
     widest = 128 if request.dtype == float32 else 256

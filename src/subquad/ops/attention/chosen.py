@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from subquad import mask as masks
 from subquad.ops import checks
 from subquad.ops.attention import attention
-from subquad.ops.backend import interpreted
+from subquad.ops.backend import uses_kernels
 
 COPIED = 1 << 22  # elements of keys copied at once
 
@@ -45,7 +45,7 @@ def chosen(
     checks.divides("heads of k", sizes["G"], "heads of q", sizes["H"])
     scale = q.shape[3] ** -0.5 if scale is None else scale
     T, S = q.shape[1], k.shape[1]
-    if (q.is_cuda or interpreted()) and q.dtype != torch.float64:
+    if uses_kernels(q) and q.dtype != torch.float64:
         rows = S if T == 1 else 1  # one list serves wherever its token stands
         lists = index if T == 1 else F.pad(index, (0, 0, S - T, 0), value=-1)
         return attention(q, k, v, masks.causal() & masks.blocks(lists, size, rows), scale=scale)

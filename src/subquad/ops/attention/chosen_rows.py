@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from subquad import mask as masks
 from subquad.ops import checks
 from subquad.ops.attention import attention
-from subquad.ops.backend import interpreted
+from subquad.ops.backend import uses_kernels
 
 COPIED = 1 << 24  # elements of keys copied at once
 
@@ -59,7 +59,7 @@ def chosen_rows(
     if sizes["M"] != M:
         raise ValueError(f"index must list {M} blocks of {rows} queries, got {sizes['M']}")
     scale = sizes["K"] ** -0.5 if scale is None else scale
-    if (q.is_cuda or interpreted()) and q.dtype != torch.float64:
+    if uses_kernels(q) and q.dtype != torch.float64:
         mask = masks.blocks(index, size, rows)
         return attention(q, k, v, mask, scale=scale, offset=0)
     one = sizes["B"] * sizes["H"] * sizes["n"] * size * (sizes["K"] + sizes["V"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from subquad.ops.attention import attention
-from subquad.ops.backend import interpreted
+from subquad.ops.backend import uses_kernels
 
 
 class Rope(NamedTuple):
@@ -75,7 +75,7 @@ def token(
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     fits = q.dtype != torch.float64 and max(K, V) <= 256
     fits |= q.dtype.itemsize == 2 and K <= 1024 and V <= 512 and rope is None
-    if (q.is_cuda or interpreted()) and fits and not grad:
+    if uses_kernels(q) and fits and not grad:
         from subquad.ops.attention.triton.token import token as run
     else:
         run = _token

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subquad.ops.backend import interpreted
+from subquad.ops.backend import uses_kernels
 
 
 def append(
@@ -29,7 +29,7 @@ def append(
             feature among the keys of every ``page`` tokens, of which this one is the last.
     """
     grad = torch.is_grad_enabled() and k.requires_grad
-    if (k.is_cuda or interpreted()) and k.dtype != torch.float64 and not grad:
+    if uses_kernels(k) and k.dtype != torch.float64 and not grad:
         from subquad.ops.cache.triton import append as run
     else:
         run = _append

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.backend import interpreted, without_autocast
+from subquad.ops.backend import uses_kernels, without_autocast
 
 PHI: Mapping[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: x.softmax(-1),  # over the features of a head
@@ -73,7 +73,7 @@ def marginal(
     checks.divides("heads of k", G, "heads of q", H)
     checks.shape("read", read, (B, H, -(-T // rows), -(-S // size)))
     with without_autocast(q.device.type):
-        if q.is_cuda or interpreted():
+        if uses_kernels(q):
             from subquad.ops.kernel_attention.triton import marginal_op as kernels
 
             if kernels.fits(v, sizes["K"]):

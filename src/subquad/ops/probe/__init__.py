@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.backend import Backend, Request, choose, interpreted, without_autocast
+from subquad.ops.backend import Backend, Request, choose, refusal, without_autocast
 from subquad.ops.probe import node, solve
 from subquad.ops.probe.spans import spans
 
@@ -32,8 +32,8 @@ STEPS = 16
 
 def _triton(request: Request) -> tuple[bool, str]:
     sizes = request.sizes
-    if request.device != "cuda" and not interpreted():
-        return False, "needs a CUDA GPU, or TRITON_INTERPRET=1"
+    if why := refusal(request.device):
+        return False, why
     if request.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False, f"computes in float32, not for {request.dtype}"
     if max(sizes["K"], sizes["V"]) > WIDEST:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.backend import interpreted
+from subquad.ops.backend import uses_kernels
 
 MOST = 1 << 14  # scores of a row that a kernel holds
 
@@ -112,7 +112,7 @@ def _forced(
 
 def _kernels(scores: Tensor) -> bool:
     fits = scores.dtype != torch.float64 and scores.numel() > 0 and scores.shape[-1] <= MOST
-    return fits and (scores.is_cuda or interpreted()) and not torch.compiler.is_compiling()
+    return fits and uses_kernels(scores) and not torch.compiler.is_compiling()
 
 
 def _best(rank: Tensor, k: int) -> tuple[Tensor, Tensor]:

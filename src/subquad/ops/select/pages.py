@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subquad.ops.backend import interpreted
+from subquad.ops.backend import uses_kernels
 
 MOST = 1 << 18  # pages
 
@@ -34,7 +34,7 @@ def bounds(q: Tensor, low: Tensor, high: Tensor, *, share: bool = False) -> Tens
 def by_kernels(q: Tensor, low: Tensor) -> bool:
     """Whether :func:`best` takes them: of each set of neighboring pages the best, of all sets of a
     list, lie in one multiprocessor's registers."""
-    kernels = (q.is_cuda or interpreted()) and q.dtype != torch.float64
+    kernels = uses_kernels(q) and q.dtype != torch.float64
     return kernels and low.shape[1] <= MOST
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.backend import interpreted
+from subquad.ops.backend import uses_kernels
 
 KINDS = ("mean", "max", "min", "sum")
 
@@ -66,7 +66,7 @@ def means(x: Tensor, size: int, lead: int = 0) -> Tensor:
 def by_kernels(x: Tensor) -> bool:
     """Whether kernels take x ``[B,T,G,K]``: they know no float64."""
     fits = x.dtype in (torch.float16, torch.bfloat16, torch.float32) and x.shape[-1] <= 256
-    return fits and x.numel() > 0 and (x.is_cuda or interpreted())
+    return fits and x.numel() > 0 and uses_kernels(x)
 
 
 def _reduce(x: Tensor, dim: int, kind: str) -> Tensor:

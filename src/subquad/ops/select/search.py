@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.backend import interpreted
+from subquad.ops.backend import uses_kernels
 from subquad.ops.select.choose import _best
 from subquad.ops.select.score import peaks
 
@@ -91,7 +91,7 @@ def _kernels(q: Tensor, keep: int, rows: int, N: int, sample: tuple[int, int]) -
     asked = H // N * len(range(sample[0] if rows > 1 else 0, rows, sample[1]))
     fits = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and K * wide <= 512
     fits = fits and 0 < asked <= 256 and asked * K * wide <= 1 << 16 and keep <= 1 << 14
-    return fits and T > 0 and (q.is_cuda or interpreted())
+    return fits and T > 0 and uses_kernels(q)
 
 
 def halves(

@@ -18,7 +18,7 @@ from subquad.mask.data import Blocks, Spans
 from subquad.mask.table import Table
 from subquad.ops.attention import attention
 from subquad.ops.attention.token import token
-from subquad.ops.backend import interpreted
+from subquad.ops.backend import uses_kernels
 from subquad.policies.base import Call
 from subquad.policies.parts import lines
 
@@ -49,7 +49,7 @@ def attend(
         ``o [B,T,H,V]``.
     """
     T, asked, window = call.q.shape[1], call.tally is not None, call.site.window
-    kernels = (call.q.is_cuda or interpreted()) and call.q.dtype != torch.float64
+    kernels = uses_kernels(call.q) and call.q.dtype != torch.float64
     if kernels and T > 1 and window is None and not asked:
         return _kernels(call, starts, size, rows, columns, unit)
     first = starts if unit == 1 else torch.where(starts < 0, -1, starts * unit)

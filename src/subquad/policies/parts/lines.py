@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.ops.backend import interpreted
+from subquad.ops.backend import uses_kernels
 
 HELD = 1 << 24  # elements of an estimate held at once
 COUNTED = 1 << 21  # sums of which a kernel counts the best
@@ -51,7 +51,7 @@ def last_rows(q: Tensor, k: Tensor, scale: float, window: int | None = None) -> 
 def by_kernels(q: Tensor) -> bool:
     """Whether kernels choose for the queries ``q [B,T,H,K]``: they know no float64."""
     fits = q.dtype in (torch.float16, torch.bfloat16, torch.float32) and q.shape[3] <= 256
-    return fits and q.numel() > 0 and (q.is_cuda or interpreted())
+    return fits and q.numel() > 0 and uses_kernels(q)
 
 
 def _diagonals(p: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def best(sums: Tensor, keys: tuple[int, int], distances: tuple[int, int]) -> tup
     Returns:
         int ``[B,H,v]`` and ``[B,H,s]``, rising.
     """
-    kernels = (sums.is_cuda or interpreted()) and sums.dtype == torch.float32
+    kernels = uses_kernels(sums) and sums.dtype == torch.float32
     if kernels and sums.shape[-1] < COUNTED:
         from subquad.ops.select import triton_lines
 
@@ -102,7 +102,7 @@ def blocks(columns: Tensor, distances: Tensor, T: int, S: int, M: int) -> tuple[
         The first keys of the blocks ``[B,H,R,n]``, rising by M or more, and the single columns
         ``[B,H,R,c]``, rising; -1 at the end of shorter rows. R rows from the one of query 0 on.
     """
-    if columns.is_cuda or interpreted():
+    if uses_kernels(columns):
         from subquad.ops.select import triton_lines
 
         return triton_lines.blocks(columns, distances, T, S, M)

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 
-from subquad.ops.backend import Request, assumed_constant, interpreted
+from subquad.ops.backend import Request, refusal
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256
 
 
-@cache
-def _examined() -> str:
-    if find_spec("triton") is None:
-        return "Triton is not installed"
-    nvidia = torch.version.cuda and torch.cuda.is_available()
-    if nvidia and torch.cuda.get_device_capability()[0] < 8:
-        return "needs a GPU of compute capability 8.0 or newer"
-    return ""
-
-
-@assumed_constant  # a cached function would be traced
-def _machine() -> str:
-    """Why this machine runs no kernel, or ""."""
-    return _examined()
-
-
 def verify(request: Request) -> tuple[bool, str]:
     sizes, traits = request.sizes, request.traits
-    if request.device != "cuda" and not (request.device == "cpu" and interpreted()):
-        return False, f"runs on cuda (on the CPU under TRITON_INTERPRET=1), not on {request.device}"
-    if request.device == "cuda" and _machine():
-        return False, _machine()
+    if why := refusal(request.device):
+        return False, why
     if request.dtype not in DTYPES:
         return False, f"takes {', '.join(str(d) for d in DTYPES)}, not {request.dtype}"
     if max(sizes["K"], sizes["V"]) > WIDEST:
