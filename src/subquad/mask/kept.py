@@ -17,14 +17,16 @@ def kept(maxsize: int) -> Callable[[F], F]:
 
     They run in a thread of their own, where no mode of the first caller's is on: a tensor made in
     inference mode cannot be saved for a backward pass, one made while something traces is a fake,
-    one of a default device lies there, and one made while a CUDA graph is captured holds nothing
-    before the graph runs. Tensors on a GPU must be copied from the CPU, which waits for them, so
-    that any stream may read them. Where something traces, nothing is kept.
+    one of a default device lies there, and one from a compiled graph's pool goes with it. Tensors
+    on a GPU must be copied from the CPU, which waits for them, so that any stream may read them;
+    while a CUDA graph is captured PyTorch refuses that. Where something traces, nothing is kept.
     """
 
     def decorate(function: F) -> F:
         @lru_cache(maxsize)
         def made(*given: Any) -> Any:
+            if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+                return function(*given)  # elsewhere the copy would end the capture, less plainly
             with ThreadPoolExecutor(1) as alone:
                 return alone.submit(function, *given).result()
 

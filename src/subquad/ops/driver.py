@@ -83,18 +83,22 @@ class Binary:
 
 
 def _parameters(compiled: Any) -> tuple[str, ...] | None:
-    """The types of a kernel's parameters; None where it asks for more than a plain launch."""
+    """The types of a kernel's parameters; None where it asks for more than a plain launch, or where
+    Triton is of a version that does not say so."""
     about, ptx = compiled.metadata, compiled.asm.get("ptx")
     known = {"swizzle", "elem_size", "elem_type", "block_size", "fp4_padded"}
-    plain = (
-        ptx is not None
-        and _driver() is not None
-        and about.num_ctas == 1
-        and not (about.launch_cooperative_grid or about.launch_pdl)
-        and about.global_scratch_size == about.profile_scratch_size == 0
-        and about.shared <= _shared_memory(triton.runtime.driver.active.get_current_device())
-        and all(m and {*m} == known and not m["fp4_padded"] for m in _maps(about))
-    )
+    try:
+        plain = (
+            ptx is not None
+            and _driver() is not None
+            and about.num_ctas == 1
+            and not (about.launch_cooperative_grid or about.launch_pdl)
+            and about.global_scratch_size == about.profile_scratch_size == 0
+            and about.shared <= _shared_memory(triton.runtime.driver.active.get_current_device())
+            and all(m and {*m} == known and not m["fp4_padded"] for m in _maps(about))
+        )
+    except AttributeError:
+        return None
     if not plain:
         return None
     entry = re.search(r"\.entry\s+\w+\((.*?)\)", ptx, re.DOTALL)

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from subquad.ops.backend import interpreted
 from subquad.ops.driver import Binary, Submit
-from subquad.ops.tape import record, recording, repeatable
+from subquad.ops.tape import addresses, record, recording, repeatable
 
 MOST_LAUNCHES = 256  # that a kernel keeps
+MOST_REPEATS = 128  # of all calls of one kind: of other lengths, or of other scales
 
 
 def _begin() -> None:
@@ -83,6 +84,8 @@ class Kernel:
     ) -> None:
         """Launch on the current device, with tensors (descriptors, None) that start anywhere."""
         if self.interpreted or any(isinstance(t, Tensor) and t.data_ptr() % 16 for t in tensors):
+            if recording.tape is not None:
+                recording.tape.launches.append((None, tensors))
             if _rehearsal.wanted is None:
                 self.jit[grid](*tensors, *numbers, **more)
             return
@@ -133,14 +136,19 @@ class Launch:
         submit, compiled = found
         if recording.tape is not None:
             recording.tape.launches.append((submit, tensors))
+        device = _device()
+        places = addresses(tensors, device)
         if submit is None:
             compiled[self.grid](*tensors, *self.rest)
         else:
-            submit(addresses(tensors), triton.runtime.driver.active.get_current_stream(_device()))
+            submit(places, triton.runtime.driver.active.get_current_stream(device))
 
-    def _prepare(self, forms: Hashable, tensors: Sequence[Any]) -> tuple[Submit | None, Any] | None:
+    def _prepare(
+        self, forms: tuple[Any, ...], tensors: Sequence[Any]
+    ) -> tuple[Submit | None, Any] | None:
         """What launches the kernel for tensors of these forms; None in a rehearsal."""
-        dtypes = tuple([getattr(t, "dtype", None) for t in tensors])
+        # Of a descriptor its tile, not the sizes of its tensor.
+        dtypes = tuple([f[0] if isinstance(f, tuple) else f for f in forms])
         binary = self.binaries.get(dtypes)
         kinds = [t.dtype if isinstance(t, Tensor) else t for t in tensors]
         if _rehearsal.wanted is not None:
@@ -164,22 +172,11 @@ class Launch:
         return self.binaries.setdefault(dtypes, Binary(found))
 
 
-def addresses(tensors: Sequence[Any]) -> list[int]:
-    """Where the tensors that are given begin.
-
-    Raises:
-        ValueError: for a tensor that is not on a GPU.
-    """
-    given = [t if isinstance(t, Tensor) else t.base for t in tensors if t is not None]
-    for t in given:
-        if not t.is_cuda:
-            raise ValueError(f"tensors of a kernel must be on a GPU, got one on {t.device}")
-    return [t.data_ptr() for t in given]
-
-
 def _form(x: Any) -> Hashable:
-    """What of a descriptor (or None) a launch keeps."""
-    return x if x is None else (*x.shape, *x.strides, *x.block_shape, x.padding)
+    """What of a descriptor (or None) a launch keeps, first what decides the compiled kernel."""
+    if x is None:
+        return None
+    return (x.base.dtype, *x.block_shape, x.padding), *x.shape, *x.strides
 
 
 def _device() -> int:
@@ -237,29 +234,38 @@ def met(kind: Hashable) -> bool:
 
 
 def rehearsing() -> bool:
-    """Whether nothing is launched, so that what kernels should have written is not to be kept."""
+    """Whether nothing is launched."""
     return _rehearsal.wanted is not None
+
+
+def writing() -> bool:
+    """Whether kernels write now, so that later calls may read it: neither in a rehearsal, nor while
+    a CUDA graph is captured."""
+    if rehearsing():
+        return False
+    return interpreted() or not torch.cuda.is_current_stream_capturing()
 
 
 def rehearse(run: Callable[[], object]) -> None:
     """Compile every kernel that ``run`` launches, and launch none."""
     wanted = _rehearsal.wanted = {}
     try:
-        run()
+        # The backward pass, which may never come, may need memory that there is not.
+        with suppress(torch.OutOfMemoryError):
+            run()
     finally:
         _rehearsal.wanted = None
-    device = torch.cuda.current_device()
 
-    def ready(compile: Callable[[], Any]) -> None:
-        with torch.cuda.device(device):
-            compile()
+    def ready(key: tuple[Any, ...]) -> None:
+        with torch.cuda.device(key[1][0]):  # that of the launch
+            wanted[key]()
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         # The longest first, none of which should be left alone: by what is known of them, else
         # those of a backward pass, which come last.
         order = [*reversed(wanted)]
         order.sort(key=lambda key: -key[0].length)
-        list(threads.map(ready, [wanted[key] for key in order]))
+        list(threads.map(ready, order))
 
 
 def repeated(
@@ -279,5 +285,7 @@ def repeated(
     if key in known or interpreted():
         return run(*inputs)
     out, did = record(lambda: run(*inputs))
+    if len(known) >= MOST_REPEATS:
+        known.clear()
     known[key] = repeatable(did, inputs, out, constants())
     return out

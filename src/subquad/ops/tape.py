@@ -68,6 +68,22 @@ def _rounded(n: int) -> int:
     return -(-n // ALIGNED) * ALIGNED
 
 
+def addresses(tensors: Sequence[Any], device: int) -> list[int]:
+    """Where the tensors (descriptors) that are given begin.
+
+    Raises:
+        ValueError: for a tensor that is elsewhere, which a kernel cannot read.
+    """
+    found = []
+    for t in tensors:
+        if t is not None:
+            t = t if isinstance(t, Tensor) else t.base
+            if t.get_device() != device:
+                raise ValueError(f"tensors must be on cuda:{device} as others are, got {t.device}")
+            found.append(t.data_ptr())
+    return found
+
+
 class Tape:
     """What a function did: the tensors ``made``, those of ``zeros``, and the ``launches``, each
     with its tensors (and None for its :data:`Submit` where Triton must launch)."""
@@ -154,16 +170,18 @@ def _repeat(
 
     def repeat(*inputs: Tensor | None, _kept: Sequence[Tensor] = constants) -> list[Any]:
         device: Any = inputs[0].device  # type: ignore[union-attr]
+        index = inputs[0].get_device()  # type: ignore[union-attr]
+        given = addresses(inputs, index)
         results = [f and make(f[0], f[1], dtype=f[2], device=device) for f in forms]
         more = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in zeros]
-        bases = [0, *[t.data_ptr() for t in (*inputs, *results, *more) if t is not None]]
+        bases = [0, *given, *[t.data_ptr() for t in (*results, *more) if t is not None]]
         if total:
             block = make((total,), (1,), dtype=torch.uint8, device=device)
             bases.append(block.data_ptr())
-        addresses = [bases[n] + start for n, start in places]
-        stream = triton.runtime.driver.active.get_current_stream(device.index)
+        at = [bases[n] + start for n, start in places]
+        stream = triton.runtime.driver.active.get_current_stream(index)
         for submit, pick in steps:
-            submit(pick(addresses), stream)
+            submit(pick(at), stream)
         return results
 
     return repeat

@@ -37,6 +37,11 @@ def forced(configs: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
         _forced = before
 
 
+def forcing() -> bool:
+    """Whether a block of :func:`forced` is open."""
+    return bool(_forced)
+
+
 def config(kernel: str, rows: int, width: int, itemsize: int) -> dict[str, int]:
     """``step`` (and the most ``queries``, or ``keys``, of a program), ``num_warps`` and
     ``num_stages`` (two at least for those of Hopper) of ``kernel``."""

@@ -7,7 +7,6 @@ spans with any start, single columns), so that neither ever compiles a kernel of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -16,6 +15,7 @@ from torch import Tensor
 from subquad.mask import Mask, Tiles
 from subquad.mask.algebra import Band
 from subquad.mask.data import Blocks, Chosen
+from subquad.mask.kept import kept
 from subquad.mask.tiles import FULL
 from subquad.ops import kernel
 from subquad.ops.attention.triton.lists import Lists, by_blocks, of_table
@@ -84,7 +84,7 @@ class Index:
         if self.turned is not None:
             return self.turned
         found = by_blocks(self.lists, self.rows, blocks)
-        if not kernel.rehearsing():
+        if kernel.writing():
             object.__setattr__(self, "turned", found)
         return found
 
@@ -97,7 +97,7 @@ def of_choice(chosen: Chosen, causal: bool, S: int, offset: int, device: torch.d
     if key in made:
         return made[key]
     index = _of_choice(chosen, causal, S, offset, device)
-    if not kernel.rehearsing():  # nothing was launched
+    if kernel.writing():
         made[key] = index
     return index
 
@@ -119,12 +119,12 @@ def _of_choice(chosen: Chosen, causal: bool, S: int, offset: int, device: torch.
     )  # fmt: skip
 
 
-@lru_cache(maxsize=16)
+@kept(16)
 def _planes(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, dtype=torch.int32).to(device)  # waits: any stream may read it
+    return torch.arange(count, dtype=torch.int32).to(device)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def of_mask(mask: Mask, T: int, S: int, block: int, offset: int, device: torch.device) -> Index:
     """The index of a mask's tiles on the device; cached by value."""
     if isinstance(mask, Band):

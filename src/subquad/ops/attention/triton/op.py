@@ -18,7 +18,7 @@ from subquad.ops import kernel
 from subquad.ops.attention.combine import merge
 from subquad.ops.attention.node import run
 from subquad.ops.attention.triton import backward as grads
-from subquad.ops.attention.triton.configs import config, processors
+from subquad.ops.attention.triton.configs import config, forcing, processors
 from subquad.ops.attention.triton.forward import attention_forward
 from subquad.ops.attention.triton.index import BAND, Index, arguments, of_choice, of_mask
 from subquad.ops.kernel import on_device
@@ -27,7 +27,6 @@ from subquad.ops.tape import Repeat, empty
 TILE, SMALL_TILE = 128, 64
 WELL_FILLED = 0.4  # smaller tiles are taken where less than this share of the large ones is kept
 MOST_ROWS = 128  # of a program
-MOST_KNOWN = 128
 _known: dict[Hashable, Repeat | None] = {}  # calls that were recorded
 HOPPER = {"forward", "grad_q", "grad_kv"}  # those that have a kernel for such GPUs
 
@@ -259,9 +258,10 @@ def _forward(
 
 def _key(mask: Mask, tensors: tuple[Tensor, ...], *rest: Any) -> Hashable:
     """What decides a call's launches, None where they change from call to call: for choices made on
-    the device and tensors that start anywhere; and in a rehearsal."""
+    the device, tensors that start anywhere and forced configurations; and in a rehearsal."""
     if (
         kernel.rehearsing()
+        or forcing()
         or masks.choice(mask) is not None
         or any(t.data_ptr() % 16 for t in tensors)
     ):
@@ -272,8 +272,6 @@ def _key(mask: Mask, tensors: tuple[Tensor, ...], *rest: Any) -> Hashable:
 def _repeated(key: Hashable, run: Callable[..., Any], launch: Launch, *tensors: Any) -> Any:
     if key is None:
         return run(*tensors)
-    if len(_known) >= MOST_KNOWN:
-        _known.clear()
     return kernel.repeated(_known, key, run, *tensors, constants=launch.constants)
 
 

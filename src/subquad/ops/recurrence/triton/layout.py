@@ -219,6 +219,8 @@ def bound(make: Callable[..., Launch]) -> Callable[..., Launch]:
     def find(p: Plan, *switches: Hashable) -> Launch:
         found = p.launches.get((make, *switches))
         if found is None:
+            if len(p.launches) >= kernel.MOST_LAUNCHES:
+                p.launches.clear()
             found = p.launches[make, *switches] = make(p, *switches)
         return found
 
