@@ -99,6 +99,9 @@ def _named(x):
 
 
 CASES = {
+    "none, split, several tiles of keys": (
+        Case("none", True, T=140, H=1, K=160, V=24, dtype=F32, state=True), 64,
+    ),
     "plain": (Case("head", False, T=130, H=1, K=16, V=16, dtype=F32, state=True), None),
     "no decay, delta, unequal": (
         Case("none", True, T=66, H=1, K=80, V=24, dtype=F32, state=True), None,

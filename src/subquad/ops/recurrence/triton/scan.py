@@ -280,7 +280,7 @@ def combine(
                     r = y * BK + tl.arange(0, BK)
                     place = r[:, None] * K + columns[None, :]
                     if BACK:
-                        place = r[None, :] * K + columns[:, None]
+                        place = columns[None, :] * K + r[:, None]
                     ok = (r[:, None] < K) & (columns[None, :] < K)
                     source = LINK + base * (LINK_ROWS * K) + LINK_ROW * K + place
                     link = tl.load(source, mask=ok, other=0.0)
