@@ -3,13 +3,17 @@
 The softmax's statistics are found in a first walk over the keys, the masses in a second.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
+from subquad.ops.kernel import Kernel, on_device
 from subquad.ops.sizes import cdiv, next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
+SIZES = ("T", "offset", "H", "G", "n")  # none costs a compilation
 
 
 @triton.jit
@@ -55,7 +59,7 @@ def _lse(
     return tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("inf"))
 
 
-@triton.jit
+@partial(Kernel, sizes=(*SIZES, "S", "R"))
 def block_kernel(
     Q, KEYS, OUT, scale, T, S, offset, H, G, R, n, sqb, sqt, sqh, skb, skt, skh,
     K: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr,
@@ -83,7 +87,7 @@ def block_kernel(
             tl.store(OUT + c, tl.sum(tl.sum(w, 1), 0))
 
 
-@triton.jit
+@partial(Kernel, sizes=SIZES)
 def lse_kernel(
     Q, Y, LSE, scale, T, offset, H, G, n, size, stride, sqb, sqt, sqh, syb, syt, syh,
     K: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
@@ -101,7 +105,7 @@ def lse_kernel(
     tl.store(LSE + tl.program_id(1).to(tl.int64) * T + m, lse, mask=m < T)
 
 
-@triton.jit
+@partial(Kernel, sizes=SIZES)
 def window_kernel(
     Q, X, LSE, OUT, scale, T, offset, H, G, n, size, stride, sqb, sqt, sqh, sxb, sxt, sxh,
     K: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -135,11 +139,13 @@ def block_mass(q, k, size, rows, reduce, causal, scale, offset):
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     R, n = cdiv(T, rows), cdiv(S, size)
     out = torch.zeros(B, H, R, n, dtype=torch.float32, device=q.device)
-    block_kernel[(R, B * H)](
-        q, k, out, scale, T, S, offset, H, G, R, n, *q.stride()[:3], *k.stride()[:3],
-        K=K, BK=max(16, next_power_of_2(K)), ROWS=rows, SIZE=size, CAUSAL=causal,
-        LARGEST=reduce == "max", PRECISION=_precision(q), num_warps=4, num_stages=2,
-    )  # fmt: skip
+    with on_device(q):
+        block_kernel.launch(
+            (R, B * H), (q, k, out),
+            scale, T, S, offset, H, G, R, n, *q.stride()[:3], *k.stride()[:3],
+            K=K, BK=max(16, next_power_of_2(K)), ROWS=rows, SIZE=size, CAUSAL=causal,
+            LARGEST=reduce == "max", PRECISION=_precision(q), num_warps=4, num_stages=2,
+        )  # fmt: skip
     return out
 
 
@@ -157,14 +163,17 @@ def window_mass(q, windows, size, stride, other, scale, offset):
         "PRECISION": _precision(q), "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
     rows = cdiv(T, 64)
-    lse_kernel[(rows, B * H)](
-        q, coarse, lse, scale, T, offset, H, G, coarse.shape[1], size_y, stride_y,
-        *q.stride()[:3], *coarse.stride()[:3], **shape,
-    )  # fmt: skip
-    window_kernel[(rows, cdiv(n, 64), B * G)](
-        q, windows, lse, out, scale, T, offset, H, G, n, size, stride,
-        *q.stride()[:3], *windows.stride()[:3], GROUP=H // G, **shape,
-    )  # fmt: skip
+    with on_device(q):
+        lse_kernel.launch(
+            (rows, B * H), (q, coarse, lse),
+            scale, T, offset, H, G, coarse.shape[1], size_y, stride_y,
+            *q.stride()[:3], *coarse.stride()[:3], **shape,
+        )  # fmt: skip
+        window_kernel.launch(
+            (rows, cdiv(n, 64), B * G), (q, windows, lse, out),
+            scale, T, offset, H, G, n, size, stride,
+            *q.stride()[:3], *windows.stride()[:3], GROUP=H // G, **shape,
+        )  # fmt: skip
     return out
 
 

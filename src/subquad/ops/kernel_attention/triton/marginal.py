@@ -13,10 +13,14 @@ entries are 0 and 1, then runs on tensor cores and loses 2^-16.
 Legend: BT rows of a tile, PHI the feature map: 0 softmax over a head's features, 1 elu + 1, 2 relu.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
-SIZES = ["T", "H", "G", "N", "size", "far"]  # none costs a compilation
+from subquad.ops.kernel import Kernel
+
+kernel = partial(Kernel, sizes=("T", "H", "G", "N", "size", "far"))  # none costs a compilation
 
 
 @triton.jit
@@ -77,7 +81,7 @@ def _store_matrix(
         tl.store(place, value, mask=mask)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def write_states(
     K_, V_, HS, Z, T, H, G, N, size, far, skb, skt, skh, svb, svt, svh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
@@ -101,7 +105,7 @@ def write_states(
     tl.store(Z + (tl.program_id(1).to(tl.int64) * N + n) * K + d, z, mask=d < K)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def read_states(
     Q, S, Z, O, T, H, G, N, size, far, eps, sqb, sqt, sqh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
@@ -122,7 +126,7 @@ def read_states(
         tl.store(place, o, mask=(t < stop)[:, None] & (e < V)[None, :])
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def read_backward(
     Q, S, Z, DO, DQ, DS, DZ, T, H, G, N, size, far, eps, sqb, sqt, sqh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
@@ -164,7 +168,7 @@ def read_backward(
     tl.store(DZ + at * K + d, dz, mask=d < K)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel
 def write_backward(
     K_, V_, DH, DZ, DK, DV, T, H, G, N, size, far, skb, skt, skh, svb, svt, svh,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BT: tl.constexpr,
