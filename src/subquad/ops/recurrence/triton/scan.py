@@ -11,6 +11,8 @@ For a decay per head QG, KG and KW are q and k, and the factors are put on what 
 ``A`` (FUSE: short sequences, no delta rule) the scores are computed here, one launch in all.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
@@ -37,6 +39,7 @@ from subquad.ops.recurrence.triton.state import (
     no_tiles,
     opening,
     operand,
+    picked,
     product,
     put_state,
 )
@@ -55,7 +58,7 @@ def _written(S, factor, D, fall, Dd, rest, k, DECAY: tl.constexpr, PRECISION: tl
     return S
 
 
-@kernel
+@partial(kernel, length=2)
 def scan(
     Q, K_, V_, G_, A, AL, P, BS, BD, QG, KG, KW, GS, GD, INIT, TABLE,
     O, D_, HS, FINAL, LOCAL, TOTAL,
@@ -234,6 +237,25 @@ def scan(
         put_state(FINAL, S, sequence, h, H, rows, tl.where(closes, V, 0), K, V, BK)
 
 
+@triton.jit
+def _carried(
+    after, s, LINK, y, K: tl.constexpr, BK: tl.constexpr, BACK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Each tile of ``after`` with s, tile y of the state before, times the transition LINK."""
+    found = no_tiles()
+    r = y * BK + tl.arange(0, BK)
+    for x in tl.static_range(len(after)):
+        columns = x * BK + tl.arange(0, BK)
+        place = r[:, None] * K + columns[None, :]
+        if BACK:
+            place = columns[None, :] * K + r[:, None]
+        ok = (r[:, None] < K) & (columns[None, :] < K)
+        link = tl.load(LINK + place, mask=ok, other=0.0)
+        found += (tl.dot(s, link, after[x], input_precision=PRECISION),)
+    return found
+
+
 @kernel
 def combine(
     LOCAL, LINK, INIT, FIRST, OUT,
@@ -275,22 +297,16 @@ def combine(
             at = LOCAL + base * (LOCAL_ROWS * K) + rows[:, None] * K + columns[None, :]
             ok = (rows[:, None] < V) & (columns[None, :] < K)
             s = tl.load(at, mask=ok, other=0.0)
-            if DELTA:
-                for y in tl.static_range(tiles):
-                    r = y * BK + tl.arange(0, BK)
-                    place = r[:, None] * K + columns[None, :]
-                    if BACK:
-                        place = columns[None, :] * K + r[:, None]
-                    ok = (r[:, None] < K) & (columns[None, :] < K)
-                    source = LINK + base * (LINK_ROWS * K) + LINK_ROW * K + place
-                    link = tl.load(source, mask=ok, other=0.0)
-                    s = tl.dot(S[y], link, s, input_precision=PRECISION)
-            elif DECAY == CHANNEL:
+            if not DELTA and DECAY == CHANNEL:
                 factor = tl.load(LINK + base * K + columns, mask=columns < K, other=0.0)
                 s += S[x] * factor[None, :]
-            elif DECAY == HEAD:
+            elif not DELTA and DECAY == HEAD:
                 s += S[x] * tl.load(LINK + base)
-            else:
+            elif not DELTA:
                 s += S[x]
             after += (s,)
+        if DELTA:
+            source = LINK + base * (LINK_ROWS * K) + LINK_ROW * K
+            for y in range(tiles):  # written out, it takes four times as long to compile
+                after = _carried(after, picked(S, y), source, y, K, BK, BACK, PRECISION)
         S = after

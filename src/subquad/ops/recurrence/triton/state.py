@@ -106,6 +106,15 @@ def fades(
 
 
 @triton.jit
+def picked(S, x):
+    """Tile x, which need not be a constant."""
+    found = S[0]
+    for y in tl.static_range(1, len(S)):
+        found = tl.where(x == y, S[y], found)
+    return found
+
+
+@triton.jit
 def product(A, B):
     """Tile by tile."""
     found = no_tiles()
