@@ -152,7 +152,7 @@ def safe(kernel: str, *, K: int, V: int, itemsize: int) -> Config:
     if kernel == "grads":
         return {"BK": 64, "BV": 64, "num_warps": 8, "num_stages": 1}
     if kernel == "combine":
-        return {"BV": min(v, 16), "num_warps": 8, "num_stages": 1}
+        return {"BV": min(v, 16), "num_warps": 8, "num_stages": 2 if k > 128 else 1}
     if kernel == "decode":
         return decoding(K, min(v, 32))
     return {"BV": min(v, 16), "num_warps": 4, "num_stages": 1}
