@@ -149,6 +149,8 @@ BULK = {
         Case("none", False, T=128, H=1, K=128, V=128, dtype=torch.float16),
         64,
     ),
+    "channel": (Case("channel", False, T=64, H=2, K=128, V=128, dtype=torch.float16), 64),
+    "KDA, split": (Case("channel", True, T=128, H=1, K=128, V=128, dtype=torch.float16), 64),
 }
 
 

@@ -76,6 +76,9 @@ BULK = [
     Case("head", True, B=2, T=320, dtype=BF16, K=256, V=256, groups=2, state=True),
     Case("head", True, T=2048, H=1, dtype=F16, K=256, V=256),
     Case("none", True, T=192, dtype=BF16, K=256, V=256, state=True),
+    Case("channel", False, B=2, T=320, dtype=BF16, K=128, V=128, groups=2, state=True),
+    Case("channel", True, T=2048, dtype=F16, K=128, V=128, state=True),  # split inside the GPU
+    Case("channel", True, B=2, T=128, dtype=BF16, K=128, V=128, strong=True),
 ]
 
 
@@ -95,11 +98,12 @@ def test_by_the_copy_engine(case):
     assert max(found.values()) <= LIMITS[case.dtype], found
 
 
-@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
 @pytest.mark.parametrize(
     ("delta", "T", "width"),
     [
         (False, 1000, 128),
+        (False, 1024, 128),
         (False, 6144, 128),
         (True, 1000, 128),
         (True, 1024, 128),

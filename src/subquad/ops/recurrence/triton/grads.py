@@ -21,10 +21,12 @@ import triton.language as tl
 from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
+    LOG2E,
     NONE,
     block,
     bulk,
     fade,
+    gate_place,
     gate_row,
     gates,
     halves,
@@ -45,11 +47,11 @@ SMALL = tl.constexpr(1e-3)  # a beta under which what is written says too little
 
 @triton.jit
 def _exact(
-    q, k, G, a, y, yb, dq, dk, z,
+    q, k, kb, G, a, y, dq, dk, z,
     DELTA: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the parts of dq, dk (its minus part) and Z that pass through the scores, for any decay;
-    yb is -beta Y."""
+    kb is -beta k."""
     kind = k.dtype
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
@@ -58,7 +60,7 @@ def _exact(
     dk += same * q
     S = 1
     while S < C:
-        f = tl.exp(-tl.abs(G - reference(G, S, C, BK)))
+        f = tl.exp2(-tl.abs(G - reference(G, S, C, BK)))
         kf = (k * f).to(kind)
         keep = halves(S, C)
         s = tl.where(keep, a, 0.0)
@@ -66,7 +68,8 @@ def _exact(
         m = tl.dot(tl.trans(s), (q * f).to(kind), input_precision=PRECISION)
         if DELTA:
             z += f * tl.dot(tl.where(keep, y, 0.0), kf, input_precision=PRECISION)
-            m = tl.dot(tl.trans(tl.where(keep, yb, 0.0)), kf, m, input_precision=PRECISION)
+            kf = (kb * f).to(kind)
+            m = tl.dot(tl.trans(tl.where(keep, y, 0.0)), kf, m, input_precision=PRECISION)
         dk += f * m
         S *= 2
     return dq, dk, z
@@ -193,7 +196,7 @@ def grads(
                     y = tl.dot(f, tl.trans(d), y, input_precision=PRECISION)
                     put(DV, f * beta[:, None], first, once, H, h, value, V, C, BV)
             else:
-                d = tile(V_, first, left, HV, hv, value, V, C, BV)
+                d = bulk(V_, first, left, HV, hv, value, V, C, BV, BULK)
             if ALONE:
                 a = tl.dot(do, tl.trans(d), a, input_precision=PRECISION)
             dk = tl.dot(d, dS, dk, input_precision=PRECISION)
@@ -216,29 +219,31 @@ def grads(
             if DELTA:
                 y = block(Y, chunk, H, h, 0, C, C, C)
         if DELTA:
-            yb = (y * -beta[:, None]).to(kind)
+            if DECAY != CHANNEL:
+                yb = (y * -beta[:, None]).to(kind)
             y = y.to(kind)
         q = tile(Q, first, left, HQ, hq, column, K, C, BK)
         k = tile(K_, first, left, HK, hk, column, K, C, BK)
         if DECAY == CHANNEL:
-            g = tile(G_, first, left, HD, hd, column, K, C, BK)
+            g = tile(G_, first, left, HD, hd, column, K, C, BK) * LOG2E
             Gc = summed(g, C, EXACT)
-            factors = GS + place * (3 * K) + columns
+            factors = gate_place(GS, chunk, H, h, K) + columns
             ends = forget * tl.load(factors, mask=columns < K, other=0.0)
             if STRONG:
                 last = tl.sum(g, axis=0)
-                dq *= tl.exp(Gc) * scale
-                z *= tl.exp(Gc)
-                dk *= tl.exp(last[None, :] - Gc)
+                dq *= tl.exp2(Gc) * scale
+                z *= tl.exp2(Gc)
+                dk *= tl.exp2(last[None, :] - Gc)
                 ends += tl.sum(dk * k, axis=0)
-                dq, dk, z = _exact(q, k, Gc, a, y if DELTA else a, yb if DELTA else a, dq, dk, z,
+                minus = k * -beta[:, None] if DELTA else k
+                dq, dk, z = _exact(q, k, minus, Gc, a, y if DELTA else a, dq, dk, z,
                                    DELTA, C, BK, PRECISION)  # fmt: skip
             else:
                 middle = tl.sum(tl.where(n[:, None] < C // 2, g, 0.0), axis=0)
                 rises = tl.load(factors + K, mask=columns < K, other=0.0)[None, :]
                 falls = tl.load(factors + 2 * K, mask=columns < K, other=0.0)[None, :]
-                up = tl.exp(Gc - middle[None, :])
-                down = tl.exp(middle[None, :] - Gc)
+                up = tl.exp2(Gc - middle[None, :])
+                down = tl.exp2(middle[None, :] - Gc)
                 kd = k * down
                 dk *= falls
                 ends += tl.sum(dk * kd, axis=0)
@@ -246,7 +251,8 @@ def grads(
                 dk = tl.dot(tl.trans(a), (q * up).to(kind), dk, input_precision=PRECISION)
                 dq = up * tl.dot(a, kd, dq * (rises * scale), input_precision=PRECISION)
                 if DELTA:
-                    dk = tl.dot(tl.trans(yb), (k * up).to(kind), dk, input_precision=PRECISION)
+                    kb = (k * (up * -beta[:, None])).to(kind)
+                    dk = tl.dot(tl.trans(y), kb, dk, input_precision=PRECISION)
                     z = up * tl.dot(y, kd, z * rises, input_precision=PRECISION)
                 dk *= down
         else:
@@ -269,8 +275,6 @@ def grads(
             gain = q * dq - k * dk
             if DELTA:
                 gain -= k * z * beta[:, None]
-            dg = summed_back(gain, kind, C, EXACT) + ends[None, :]
-            put(DG, dg, first, left, H, h, column, K, C, BK)
         elif DECAY == HEAD:
             gains = tl.sum(q * dq - k * dk, axis=1)
         if DELTA:
@@ -289,6 +293,9 @@ def grads(
             dk -= z * beta[:, None]
             tl.store(DB + side * SIZE + first * H + h + n * H, db, mask=n < left)
         put(DK, dk, first, left, H, h, column, K, C, BK)
+        if DECAY == CHANNEL:  # last, when little else is held
+            dg = summed_back(gain, kind, C, EXACT) + ends[None, :]
+            put(DG, dg, first, left, H, h, column, K, C, BK)
         if DECAY == HEAD:
             if DELTA:
                 gains -= kz * beta

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from subquad.ops import kernel
 from subquad.ops.kernel import Launch
@@ -27,72 +26,11 @@ from subquad.ops.recurrence.triton.layout import (
     states_of,
     tables,
 )  # fmt: skip
-from subquad.ops.recurrence.triton.prepare import prepare
+from subquad.ops.recurrence.triton.ready import Ready, blocks, gate_rows, prepared, read
 from subquad.ops.recurrence.triton.scan import combine, scan
 from subquad.ops.recurrence.triton.scan_back import scan_back
 from subquad.ops.recurrence.triton.step import step
 from subquad.ops.tape import empty, pieces
-
-# exp(LIMIT) and its inverse times an input stay representable (see prepare.py).
-LIMITS = {torch.float16: 6.0, torch.bfloat16: 80.0, torch.float32: 80.0}
-
-
-class Ready(NamedTuple):
-    """What :mod:`prepare` wrote, under its names; None where not needed."""
-
-    A: Tensor | None = None
-    AL: Tensor | None = None
-    P: Tensor | None = None
-    BS: Tensor | None = None
-    QG: Tensor | None = None
-    KG: Tensor | None = None
-    KW: Tensor | None = None
-    GS: Tensor | None = None
-    flag: Tensor | None = None
-
-
-@bound
-def _prepare(p: Plan, scale: float, fine: bool, strong: bool) -> Launch:
-    return prepare.bind(
-        (p.chunks * p.H,), scale, p.T, **p.pick("H", "HQ", "HK", "HD", "HB"),
-        K=p.K, C=C, DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.packed, STRONG=strong,
-        LIMIT=LIMITS[p.dtype], EXACT=p.exact, FINE=fine, BULK=p.bulk_prepare,
-        PRECISION=p.precision, **p.config("prepare"),
-    )  # fmt: skip
-
-
-def room(p: Plan, v: Tensor, fine: bool, given: Mapping[str, Tensor]) -> Ready:
-    """Memory for what :mod:`prepare` writes, some of it given."""
-    channel, chunks, float32 = p.decay == "channel", (p.chunks, p.H), torch.float32
-
-    def new(name: str, *shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
-        return given[name] if name in given else empty(v, *chunks, *shape, dtype=dtype)
-
-    return Ready(
-        A=new("A", C, C),
-        AL=new("AL", C, C) if fine else None,
-        P=new("P", C, C) if p.delta else None,
-        BS=new("BS", C, dtype=float32) if p.delta else None,
-        QG=new("QG", C, p.K) if channel else None,
-        KG=new("KG", C, p.K) if channel else None,
-        KW=new("KW", C, p.K) if channel and p.delta else None,
-        GS=None if p.decay == "none" else new("GS", 3 * (p.K if channel else C), dtype=float32),
-        flag=new("flag", dtype=torch.int32) if channel else None,
-    )
-
-
-def prepared(p: Plan, q, k, decay, beta, scale: float, table, fine: bool, given) -> Ready:
-    """What :mod:`prepare` writes; without a launch where the passes need none of it."""
-    if p.fuse:
-        return Ready()
-    out = room(p, q, fine, given)
-    if p.bulk_prepare:
-        BK = p.config("prepare")["BK"]
-        q, k = described(p, BK, q, k, width=BK)
-    for strong in (False, True) if p.decay == "channel" else (False,):
-        _prepare(p, scale, fine, strong)(q, k, decay, beta, table, out.flag, *out[:8])
-    return out
-
 
 SCANNED = ("O", "D", "HS", "FINAL", "LOCAL", "TOTAL")  # what scan may write
 
@@ -103,12 +41,13 @@ def _scan(p: Plan, scale: float, init: bool, outs: tuple[str, ...]) -> Launch:
     blocks = cdiv(p.V, c["BV"])
     if split and p.delta:
         blocks += cdiv(p.K, c["BV"])
+    # A decay per channel in several tiles: not tried on a GPU.
+    fine = p.fine and "HS" not in outs and not (p.decay == "channel" and c.get("BK", p.K) < p.K)
     return scan.bind(
         (p.segments * blocks, p.H), scale, p.T, p.size, **p.pick("H", "HQ", "HK", "HV", "HD"),
         **p.switches(
             C=C, HAS_INIT=init, OUTPUT="O" in outs, KEEP="HS" in outs, END="FINAL" in outs,
-            SPLIT=split, FUSE=p.fuse, BULK=p.bulk, FINE=p.fine and "HS" not in outs,
-            PRECISION=p.precision,
+            SPLIT=split, FUSE=p.fuse, BULK=p.bulk, FINE=fine, PRECISION=p.precision,
         ),
         **{"BK": configs.key_width(p.K), **c},
     )  # fmt: skip
@@ -116,34 +55,24 @@ def _scan(p: Plan, scale: float, init: bool, outs: tuple[str, ...]) -> Launch:
 
 def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, table, **outs) -> None:
     """One :func:`scan.scan`; the outputs that are given are written."""
-    A, AL, P, BS, QG, KG, KW, GS, _ = ready
+    A, AL, P, BS, *gated, GS, _ = ready
     BD = GD = None
     if p.bulk:
         c = p.scan_keep if "HS" in outs else p.scan
-        q, k, v = described(p, c["BV"], q, k, v, width=c.get("BK", 0))
+        q, k, v = read(p, c, q, k, v)
         tile = c.get("BK", p.K)
         # The outputs of one tile of keys go by pointers: 29 us of 293 less on an H200, while with
         # more tiles no registers are left for pointers.
         for n in ("D", "O") if tile < p.K else ("D",):
-            if n in outs:
+            if outs.get(n) is not None:
                 (outs[n],) = described(p, c["BV"], outs[n])
         if "HS" in outs:
             outs["HS"] = states_of(p, c["BV"], tile, outs["HS"])
-        A, AL, P, BD, GD = blocks(A, AL, P, BS, GS)
+        A, AL, P, BD, GD, *gated = blocks(tile, A, AL, P, BS, gate_rows(p, GS), *gated)
     _scan(p, scale, init is not None, (*outs,))(
-        q, k, v, decay, A, AL, P, BS, BD, QG, KG, KW, GS, GD, init, table,
+        q, k, v, decay, A, AL, P, BS, BD, *gated, GS, GD, init, table,
         *[outs.get(n) for n in SCANNED],
     )  # fmt: skip
-
-
-def blocks(*tensors: Tensor | None) -> list[TensorDescriptor | None]:
-    """Descriptors of what :mod:`prepare` wrote: blocks ``[C,C]``, or rows of float32."""
-    found: list[TensorDescriptor | None] = []
-    for t in tensors:
-        f = None if t is None else t.view(-1, C)
-        rows = 1 if t is not None and t.dtype == torch.float32 else C
-        found.append(f if f is None else TensorDescriptor(f, list(f.shape), [C, 1], [rows, C]))
-    return found
 
 
 @bound
@@ -292,13 +221,16 @@ def _backward(
             v, decay, beta, do, new, through, ready.GS, chunk_table, da, y, dv, db
         )  # fmt: skip
     D, F, HS, DHS = new, through, before, after
-    if p.bulk and new is not None:
+    if p.bulk:
         c = p.config("grads")
-        do, D, F = described(p, c["BV"], do, new, through, width=c["BV"])
+        if new is None:
+            do, v = described(p, c["BV"], do, v, width=c["BV"])
+        else:
+            do, D, F = described(p, c["BV"], do, new, through, width=c["BV"])
         HS, DHS = (states_of(p, c["BV"], c["BK"], t) for t in (HS, DHS))
     for strong in (False, True) if p.decay == "channel" else (False,):
         _grads(p, scale, strong)(
-            q, k, v, decay, beta, do, D, through, F, HS, DHS, da, y, ready.GS, ready.flag,
+            q, k, v, decay, beta, do, D, through, F, HS, DHS, da, y, ready.GS, ready.FLAG,
             chunk_table, dq, dk, dv, dg, db,
         )  # fmt: skip
     return dq, dk, dv, dg, db, None if state is None else dstate
@@ -315,13 +247,16 @@ def _score_grads(p: Plan, scale: float) -> Launch:
 
 @bound
 def _grads(p: Plan, scale: float, strong: bool) -> Launch:
+    c = {"ALONE": p.alone, **p.config("grads")}
+    if strong:  # as in _prepare
+        c |= {"num_warps": 8, "num_stages": 1}
     return grads.bind(
         (p.chunks * p.H * p.parts,), scale, p.T, p.B * p.T * p.H,
         **p.heads,
         **p.switches(
             C=C, STRONG=strong, FUSE=p.fuse, EXACT=p.exact, BULK=p.bulk, PRECISION=p.precision
         ),
-        **{"ALONE": p.alone, **p.config("grads")},
+        **c,
     )  # fmt: skip
 
 
@@ -340,17 +275,18 @@ def _scan_back(p: Plan, scale: float, init: bool, split: bool) -> Launch:
 
 def run_back(p: Plan, q, k, decay, do, ready: Ready, init, scale, table, **outs) -> None:
     """One :func:`scan.scan_back`; the outputs that are given are written."""
-    A, _, P, BS, QG, KG, KW, GS, _ = ready
+    A, _, P, BS, *gated, GS, _ = ready
     BD = GD = None
     if p.bulk:
         c = p.config("scan_back")
-        q, k, do = described(p, c["BV"], q, k, do, width=c.get("BK", 0))
-        if "OUT" in outs:
+        q, k, do = read(p, c, q, k, do)
+        if "OUT" in outs and not (p.delta and p.decay == "channel"):
             (outs["OUT"],) = described(p, c["BV"], outs["OUT"])
             outs["HS"] = states_of(p, c["BV"], c.get("BK", p.K), outs["HS"])
-        A, P, BD, GD = blocks(A, P, BS, GS)
+        tile = c.get("BK", p.K)
+        A, P, BD, GD, *gated = blocks(tile, A, P, BS, gate_rows(p, GS), *gated)
     _scan_back(p, scale, init is not None, "LOCAL" in outs)(
-        q, k, decay, do, A, P, BS, BD, QG, KG, KW, GS, GD, init, table,
+        q, k, decay, do, A, P, BS, BD, *gated, GS, GD, init, table,
         *[outs.get(n) for n in ("OUT", "HS", "START", "LOCAL")],
     )  # fmt: skip
 

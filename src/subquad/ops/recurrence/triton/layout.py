@@ -100,19 +100,17 @@ class Plan:
     @cached_property
     def fine(self) -> bool:
         """Whether the outputs' operands enter as two bfloat16 (see :mod:`scan`)."""
-        return self.dtype == torch.bfloat16 and (
-            self.fuse or (self.delta and self.decay != "channel")
-        )
+        return self.dtype == torch.bfloat16 and (self.fuse or self.delta or self.decay == "channel")
 
     @cached_property
     def bulk(self) -> bool:
-        """Whether tiles of the delta rule, or of what goes ``plain``, go by the copy engine: whole
-        chunks, full tiles, so much work that describing tensors to it pays, and a configuration
-        that reads ahead."""
+        """Whether tiles go by the copy engine: whole chunks, full tiles, so much work that
+        describing tensors to it pays, and a configuration that reads ahead."""
+        wide = self.delta and self.decay != "channel"
         return (
-            (self.plain or (self.delta and self.decay != "channel"))
-            and not self.packed and self.T % C == 0
-            and self.K == self.V and self.K in (128, 256) and self.dtype != torch.float32
+            not self.packed and self.T % C == 0
+            and self.K == self.V and self.K in ((128, 256) if wide else (128,))
+            and self.dtype != torch.float32
             and self.chunks * self.H * self.K * self.V >= MANY * 128 * 128
             and self.config("outputs" if self.plain else "scan")["num_stages"] > 1
             and configs.copy_engine(self.device)
@@ -194,22 +192,33 @@ def link_rows(p: Plan) -> tuple[int, int]:
     return values + (cdiv(p.K, block) * block if p.delta else 0), values
 
 
+def ready(p: Plan) -> tape.Shapes:
+    """What :mod:`prepare` writes for either pass."""
+    chunks, float32 = (p.chunks, p.H), torch.float32
+    square, gated = ((*chunks, C, C), p.dtype), ((*chunks, C, p.K), p.dtype)
+    found: tape.Shapes = {"A": square}
+    if p.delta:
+        found |= {"P": square, "BS": ((*chunks, C), float32)}
+    if p.decay == "head":
+        found["GS"] = ((*chunks, 3 * C), float32)
+    if p.decay == "channel":
+        found |= {"QG": gated, "KG": gated, "GS": ((*chunks, 3 * p.K + 4), float32)}
+        found["FLAG"] = (chunks, torch.int32)
+        if p.delta:
+            found["KW"] = gated
+    return found
+
+
 def keeps(p: Plan, trains: bool) -> tape.Shapes:
     """What the backward pass takes over: for a split sequence the states before its segments and
-    their transitions; if it ``trains`` A, P, BS and GS. (A decay per channel would keep gated
-    queries and keys, too, and prepares again.)"""
+    their transitions; if it ``trains`` what is :func:`ready`, too."""
     found: tape.Shapes = {}
     if p.split:
         float32, heads = torch.float32, (p.segments, p.H)
         rows = (link_rows(p)[0], p.K) if p.delta else (p.K if p.decay == "channel" else 1,)
         found = {"starts": ((*heads, p.K, p.V), float32), "link": ((*heads, *rows), float32)}
-    if trains and p.decay != "channel" and not p.fuse and not p.plain:
-        chunks = (p.chunks, p.H)
-        found["A"] = ((*chunks, C, C), p.dtype)
-        if p.delta:
-            found |= {"P": ((*chunks, C, C), p.dtype), "BS": ((*chunks, C), torch.float32)}
-        if p.decay == "head":
-            found["GS"] = ((*chunks, 3 * C), torch.float32)
+    if trains and not p.fuse and not p.plain:
+        found |= ready(p)
     return found
 
 

@@ -206,11 +206,26 @@ def whole_gate(
 
 
 @triton.jit
+def gate_place(GS, chunk, H, h, K: tl.constexpr):
+    """Where GS has a chunk's gates for a decay per channel: three rows of K, and the power of two
+    that its SCALED scores lack (:mod:`prepare`)."""
+    return GS + (chunk.to(tl.int64) * H + h) * (3 * K + 4)
+
+
+@triton.jit
 def halved(x):
     """x as two bfloat16: cut off, not rounded, which takes a third of the instructions, and the
     rest."""
     high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@triton.jit
+def power(x):
+    """The power of two at or below a float32 x >= 0, and its inverse (1 below the smallest)."""
+    bits = tl.minimum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x7E800000)
+    bits = tl.where(bits == 0, 0x3F800000, bits)
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -220,6 +235,17 @@ def lost(x):
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
     return (x - rounded.to(tl.float32, bitcast=True)).to(tl.bfloat16)
+
+
+@triton.jit
+def narrowed(x, kind: tl.constexpr, FINE: tl.constexpr):
+    """x as an operand of a product: in ``kind``, or FINE, rounded to the eleven bits that tf32
+    keeps of float32 (the tensor cores would cut it off)."""
+    if FINE:
+        bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return x.to(kind)
 
 
 @triton.jit
@@ -261,7 +287,7 @@ def summed_back(x, kind: tl.constexpr, C: tl.constexpr, EXACT: tl.constexpr):
 @triton.jit
 def reference(G, S, C: tl.constexpr, BK: tl.constexpr):
     """For every row of ``G [C,BK]``: row S - 1 of the block of 2 S rows that it lies in."""
-    r = tl.arange(0, C)[:, None] // (2 * S) * (2 * S) + S - 1
+    r = (tl.arange(0, C)[:, None] & -2 * S) + S - 1
     return tl.gather(G, tl.broadcast_to(r, [C, BK]), axis=0)
 
 
@@ -271,7 +297,7 @@ def halves(S, C: tl.constexpr):
     rows."""
     i = tl.arange(0, C)[:, None]
     j = tl.arange(0, C)[None, :]
-    return (i // (2 * S) == j // (2 * S)) & (i % (2 * S) >= S) & (j % (2 * S) < S)
+    return (i > j) & (((i ^ j) & -S) == S)  # S is the highest bit in which they differ
 
 
 @triton.jit

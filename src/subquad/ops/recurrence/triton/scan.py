@@ -28,12 +28,15 @@ from subquad.ops.recurrence.triton.parts import (
     gates,
     halved,
     kernel,
+    power,
     segment,
     whole_gate,
 )
 from subquad.ops.recurrence.triton.state import (
     added,
+    each,
     fades,
+    fading,
     identity,
     keep,
     no_tiles,
@@ -42,6 +45,7 @@ from subquad.ops.recurrence.triton.state import (
     picked,
     product,
     put_state,
+    scale_of,
 )
 
 
@@ -71,14 +75,17 @@ def scan(
     """One segment of one head, BV columns of the state.
 
     FINE lets the scores and D enter o as two bfloat16 each, their rounding as the second, and
-    where no decay fades what the state has lost the state and what is written to it, too.
+    where no decay fades what the state has lost the state and what is written to it, too. The delta
+    rule with a decay per channel lets them enter o as one float16 each beside a power of two
+    (SCALED), which leaves shared memory for a third chunk.
 
     OUTPUT writes o; KEEP the state before every chunk (HS) and, for the delta rule, D; END the
     state after the last segment of a sequence. SPLIT starts every segment from zero (HAS_INIT then
     says whether a state will come in) and writes its own final state to LOCAL, for the delta rule
     beside its transition (further columns, from the identity), else beside its decay (TOTAL).
     """
-    FINER: tl.constexpr = FINE and not (DELTA and DECAY == HEAD)
+    FINER: tl.constexpr = FINE and DECAY != CHANNEL and not (DELTA and DECAY == HEAD)
+    SCALED: tl.constexpr = OUTPUT and FINE and DELTA and DECAY == CHANNEL
     blocks: tl.constexpr = (V + BV - 1) // BV
     links: tl.constexpr = (K + BV - 1) // BV if SPLIT and DELTA else 0
     tiles: tl.constexpr = (K + BK - 1) // BK
@@ -114,6 +121,10 @@ def scan(
     whole = 1.0
     if DECAY == HEAD and not FUSE:
         whole = whole_gate(G_, GS, first, chunks, HD, hd, chunk, H, h, C, FUSE)
+    if DECAY == CHANNEL and not EARLY:
+        whole = fading(GS, chunks, chunk, H, h, K, BK)
+    if SCALED:
+        size_a = scale_of(GS, chunks, chunk, H, h, K)
     for n in range(chunks):
         t = first + n * C
         left = end - t
@@ -122,6 +133,10 @@ def scan(
                 whole = whole_gate(G_, GS, t, left, HD, hd, chunk, H, h, C, FUSE)
             else:  # a step ahead, since it is read when all else waits
                 later = whole_gate(G_, GS, t, left - C, HD, hd, chunk + n + 1, H, h, C, FUSE)
+        if DECAY == CHANNEL and not EARLY:
+            later = fading(GS, chunks - n - 1, chunk + n + 1, H, h, K, BK)
+        if SCALED:
+            later_a = scale_of(GS, chunks - n - 1, chunk + n + 1, H, h, K)
         k = operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
         kind = k[0].dtype
         # A transition's columns carry no values.
@@ -179,12 +194,15 @@ def scan(
         else:
             D = v
             Dd = v
-        rest = Dl if FINER and DELTA else None
+        rest = Dl if FINE and DELTA and DECAY != HEAD else None
         factor = None
+        if DECAY == HEAD:
+            factor = each(whole, tiles)
+        if DECAY == CHANNEL:
+            factor = fades(GS, chunk + n, H, h, K, BK) if EARLY else whole
         if DECAY != NONE:
-            factor = fades(GS, whole, chunk + n, H, h, K, BK, DECAY)
             total = product(total, factor)
-        if DECAY == HEAD and not FUSE:
+        if (DECAY == HEAD and not FUSE) or (DECAY == CHANNEL and not EARLY):
             whole = later
         if not EARLY:  # fewer values live at once than with the outputs first
             S = _written(S, factor, D, fall, Dd, rest, k, DECAY, PRECISION)
@@ -211,15 +229,22 @@ def scan(
                     a, al = halved(a)
                 else:
                     a = a.to(kind)
-            else:
+            elif not SCALED:
                 a = tl.trans(bulk_block(A, chunk + n, H, h, C, C, BULK))
                 if FINE:
                     al = tl.trans(bulk_block(AL, chunk + n, H, h, C, C, BULK))
-            o = tl.dot(Dd, a, o, input_precision=PRECISION)
-            if FINE:
-                o = tl.dot(Dd, al, o)
-                if DELTA:
-                    o = tl.dot(Dl, a, o)
+            if SCALED:
+                size, inverse_size = power(tl.max(tl.abs(D), axis=1))
+                a = tl.trans(bulk_block(AL, chunk + n, H, h, C, C, BULK))
+                inner = tl.dot((D * inverse_size[:, None]).to(tl.float16), a)
+                o += inner * (size * size_a)[:, None]
+                size_a = later_a
+            else:
+                o = tl.dot(Dd, a, o, input_precision=PRECISION)
+                if FINE:
+                    o = tl.dot(Dd, al, o)
+                    if DELTA:
+                        o = tl.dot(Dl, a, o)
             bulk_put_t(O, o, t, left, H, h, part * BV, V, C, BV, BULK and EARLY)
         if EARLY:
             S = _written(S, factor, D, fall, Dd, rest, k, DECAY, PRECISION)

@@ -5,7 +5,6 @@ import triton.language as tl
 from subquad.ops.recurrence.triton.parts import (
     CHANNEL,
     HEAD,
-    NONE,
     betas,
     bulk,
     bulk_block,
@@ -14,13 +13,14 @@ from subquad.ops.recurrence.triton.parts import (
     gate_row,
     gates,
     kernel,
-    put_t,
     segment,
     whole_gate,
 )
 from subquad.ops.recurrence.triton.state import (
     added,
+    each,
     fades,
+    fading,
     keep,
     opening,
     operand,
@@ -43,6 +43,8 @@ def scan_back(
     OUT, that is F for the delta rule and dv else; START, the gradient at the start of a sequence.
     SPLIT starts every segment from zero and writes only its result, to LOCAL.
     """
+    # Three gated operands of three chunks leave no room to store by the copy engine.
+    STORE: tl.constexpr = BULK and not (DELTA and DECAY == CHANNEL)
     blocks: tl.constexpr = (V + BV - 1) // BV
     tiles: tl.constexpr = (K + BK - 1) // BK
     pid = tl.program_id(0)
@@ -66,6 +68,8 @@ def scan_back(
             whole = whole_gate(G_, GS, first, chunks, HD, hd, chunk + n, H, h, C, FUSE)
         if BULK:
             falls = gate_row(GS, 2, chunk + n, H, h, C)
+    if DECAY == CHANNEL and tiles == 1:
+        whole = fading(GS, chunks, chunk + tl.maximum(chunks, 1) - 1, H, h, K, BK)
     for m in range(chunks):
         n = chunks - 1 - m
         t = first + n * C
@@ -77,7 +81,9 @@ def scan_back(
                 later = whole_gate(G_, GS, t, n, HD, hd, chunk + n - 1, H, h, C, FUSE)
             if BULK:
                 falls_later = gate_row(GS, 2, chunk + tl.maximum(n, 1) - 1, H, h, C)
-        if FUSE:
+        if DECAY == CHANNEL and tiles == 1:
+            later = fading(GS, n, chunk + n - 1, H, h, K, BK)
+        if FUSE or (DECAY == CHANNEL and tiles == 1):
             q = operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
         do = tl.trans(bulk(DO, t, left, H, h, part * BV, V, C, BV, BULK))
         kind = do.dtype
@@ -90,7 +96,7 @@ def scan_back(
                 dSd = dS[x].to(kind)
                 dD = tl.dot(dSd, tl.trans(k[x]), dD, input_precision=PRECISION)
                 if not SPLIT:
-                    keep(HS, dSd, chunk + n, h, H, part * BV, x * BK, K, V, BV, BK, BULK)
+                    keep(HS, dSd, chunk + n, h, H, part * BV, x * BK, K, V, BV, BK, STORE)
             if DECAY == HEAD:
                 if BULK:
                     dD *= falls
@@ -121,7 +127,7 @@ def scan_back(
             p = bulk_block(P, chunk + n, H, h, C, C, BULK)
             F = tl.dot(dD.to(kind), p, dD, input_precision=PRECISION)
             if not SPLIT:
-                bulk_put_t(OUT, F, t, left, H, h, part * BV, V, C, BV, BULK)
+                bulk_put_t(OUT, F, t, left, H, h, part * BV, V, C, BV, STORE)
             beta = betas(BS, BD, chunk + n, H, h, C, BULK)
             if DECAY == HEAD:
                 beta *= rise
@@ -130,11 +136,16 @@ def scan_back(
             if DECAY == CHANNEL:
                 kw = operand(K_, KW, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
         elif not SPLIT:
-            put_t(OUT, dD, t, left, H, h, part * BV, V, C, BV)
-        if not FUSE:  # asked for last, it is waited for last
+            bulk_put_t(OUT, dD, t, left, H, h, part * BV, V, C, BV, STORE)
+        if not FUSE and (DECAY != CHANNEL or tiles > 1):  # asked for last, it is waited for last
             q = operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
-        if DECAY != NONE:
-            dS = product(dS, fades(GS, whole, chunk + n, H, h, K, BK, DECAY))
+        if DECAY == HEAD:
+            dS = product(dS, each(whole, tiles))
+        if DECAY == CHANNEL and tiles == 1:
+            dS = product(dS, whole)
+            whole = later
+        if DECAY == CHANNEL and tiles > 1:
+            dS = product(dS, fades(GS, chunk + n, H, h, K, BK))
         dS = added(dS, do, q, PRECISION)
         if DELTA:
             dS = added(dS, back, kw, PRECISION)

@@ -8,7 +8,7 @@ tiles only one has its operand of half precision beside it at a time.
 import triton
 import triton.language as tl
 
-from subquad.ops.recurrence.triton.parts import CHANNEL, block, bulk
+from subquad.ops.recurrence.triton.parts import CHANNEL, block, bulk, gate_place
 
 
 @triton.jit
@@ -83,25 +83,51 @@ def operand(
     found = no_tiles()
     for column in tl.static_range(0, K, BK):
         if DECAY == CHANNEL:
-            found += (block(GATED, chunk, H, h, column, K, C, BK),)
+            if BULK:
+                found += (GATED.load([(chunk * H + h) * C, column]),)
+            else:
+                found += (block(GATED, chunk, H, h, column, K, C, BK),)
         else:
             found += (bulk(X, t, left, heads, hx, column, K, C, BK, BULK),)
     return found
 
 
 @triton.jit
-def fades(
-    GS, whole, chunk, H, h, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr
-):  # fmt: skip
-    """What each tile is multiplied with over a chunk: exp(G_end), per channel ``[1,BK]``."""
+def fading(GS, left, chunk, H, h, K: tl.constexpr, BK: tl.constexpr):
+    """For a decay per channel: what each tile is multiplied with over a chunk, exp(G_end)
+    ``[1,BK]``; anything for none (``left`` not above 0). To be asked for a step ahead, as
+    :func:`parts.gate_row`."""
     found = no_tiles()
     for column in tl.static_range(0, K, BK):
-        if DECAY == CHANNEL:
-            columns = column + tl.arange(0, BK)
-            place = GS + (chunk.to(tl.int64) * H + h) * (3 * K) + columns
-            found += (tl.load(place, mask=columns < K, other=0.0)[None, :],)
-        else:
-            found += (whole,)
+        columns = column + tl.arange(0, BK)[None, :]
+        at = gate_place(GS, chunk, H, h, K) + columns
+        found += (tl.load(at, mask=columns < tl.where(left > 0, K, 0), other=0.0),)
+    return found
+
+
+@triton.jit
+def fades(GS, chunk, H, h, K: tl.constexpr, BK: tl.constexpr):
+    """:func:`fading`, asked for where it is read: several tiles leave no registers to wait in."""
+    found = no_tiles()
+    for column in tl.static_range(0, K, BK):
+        columns = column + tl.arange(0, BK)
+        place = gate_place(GS, chunk, H, h, K) + columns
+        found += (tl.load(place, mask=columns < K, other=0.0)[None, :],)
+    return found
+
+
+@triton.jit
+def scale_of(GS, left, chunk, H, h, K: tl.constexpr):
+    """The power of two that a chunk's SCALED scores lack, asked for as :func:`fading`."""
+    return tl.load(gate_place(GS, chunk, H, h, K) + 3 * K, mask=left > 0, other=0.0)
+
+
+@triton.jit
+def each(x, tiles: tl.constexpr):
+    """x for every tile."""
+    found = no_tiles()
+    for _ in tl.static_range(tiles):
+        found += (x,)
     return found
 
 
