@@ -79,6 +79,8 @@ BULK = [
     Case("channel", False, B=2, T=320, dtype=BF16, K=128, V=128, groups=2, state=True),
     Case("channel", True, T=2048, dtype=F16, K=128, V=128, state=True),  # split inside the GPU
     Case("channel", True, B=2, T=128, dtype=BF16, K=128, V=128, strong=True),
+    Case("channel", False, T=192, dtype=BF16, K=256, V=256, state=True),
+    Case("channel", True, B=2, T=320, dtype=BF16, K=256, V=256, groups=2),
 ]
 
 
@@ -104,6 +106,7 @@ def test_by_the_copy_engine(case):
     [
         (False, 1000, 128),
         (False, 1024, 128),
+        (False, 1024, 256),
         (False, 6144, 128),
         (True, 1000, 128),
         (True, 1024, 128),

@@ -41,13 +41,12 @@ def _scan(p: Plan, scale: float, init: bool, outs: tuple[str, ...]) -> Launch:
     blocks = cdiv(p.V, c["BV"])
     if split and p.delta:
         blocks += cdiv(p.K, c["BV"])
-    # A decay per channel in several tiles: not tried on a GPU.
-    fine = p.fine and "HS" not in outs and not (p.decay == "channel" and c.get("BK", p.K) < p.K)
     return scan.bind(
         (p.segments * blocks, p.H), scale, p.T, p.size, **p.pick("H", "HQ", "HK", "HV", "HD"),
         **p.switches(
             C=C, HAS_INIT=init, OUTPUT="O" in outs, KEEP="HS" in outs, END="FINAL" in outs,
-            SPLIT=split, FUSE=p.fuse, BULK=p.bulk, FINE=fine, PRECISION=p.precision,
+            SPLIT=split, FUSE=p.fuse, BULK=p.described(c), FINE=p.fine and "HS" not in outs,
+            PRECISION=p.precision,
         ),
         **{"BK": configs.key_width(p.K), **c},
     )  # fmt: skip
@@ -57,8 +56,8 @@ def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, table, **outs) 
     """One :func:`scan.scan`; the outputs that are given are written."""
     A, AL, P, BS, *gated, GS, _ = ready
     BD = GD = None
-    if p.bulk:
-        c = p.scan_keep if "HS" in outs else p.scan
+    c = p.scan_keep if "HS" in outs else p.scan
+    if p.described(c):
         q, k, v = read(p, c, q, k, v)
         tile = c.get("BK", p.K)
         # The outputs of one tile of keys go by pointers: 29 us of 293 less on an H200, while with
@@ -221,8 +220,8 @@ def _backward(
             v, decay, beta, do, new, through, ready.GS, chunk_table, da, y, dv, db
         )  # fmt: skip
     D, F, HS, DHS = new, through, before, after
-    if p.bulk:
-        c = p.config("grads")
+    c = p.config("grads")
+    if p.described(c):
         if new is None:
             do, v = described(p, c["BV"], do, v, width=c["BV"])
         else:
@@ -248,13 +247,14 @@ def _score_grads(p: Plan, scale: float) -> Launch:
 @bound
 def _grads(p: Plan, scale: float, strong: bool) -> Launch:
     c = {"ALONE": p.alone, **p.config("grads")}
+    bulk = p.described(c)
     if strong:  # as in _prepare
         c |= {"num_warps": 8, "num_stages": 1}
     return grads.bind(
         (p.chunks * p.H * p.parts,), scale, p.T, p.B * p.T * p.H,
         **p.heads,
         **p.switches(
-            C=C, STRONG=strong, FUSE=p.fuse, EXACT=p.exact, BULK=p.bulk, PRECISION=p.precision
+            C=C, STRONG=strong, FUSE=p.fuse, EXACT=p.exact, BULK=bulk, PRECISION=p.precision
         ),
         **c,
     )  # fmt: skip
@@ -267,7 +267,8 @@ def _scan_back(p: Plan, scale: float, init: bool, split: bool) -> Launch:
         (p.segments * cdiv(p.V, c["BV"]), p.H), scale, p.T, p.size,
         **p.pick("H", "HQ", "HK", "HD"),
         **p.switches(
-            C=C, HAS_INIT=init, SPLIT=split, FUSE=p.fuse, BULK=p.bulk, PRECISION=p.precision,
+            C=C, HAS_INIT=init, SPLIT=split, FUSE=p.fuse, BULK=p.described(c),
+            PRECISION=p.precision,
         ),
         **{"BK": configs.key_width(p.K), **c},
     )  # fmt: skip
@@ -277,8 +278,8 @@ def run_back(p: Plan, q, k, decay, do, ready: Ready, init, scale, table, **outs)
     """One :func:`scan.scan_back`; the outputs that are given are written."""
     A, _, P, BS, *gated, GS, _ = ready
     BD = GD = None
-    if p.bulk:
-        c = p.config("scan_back")
+    c = p.config("scan_back")
+    if p.described(c):
         q, k, do = read(p, c, q, k, do)
         if "OUT" in outs and not (p.delta and p.decay == "channel"):
             (outs["OUT"],) = described(p, c["BV"], outs["OUT"])

@@ -104,17 +104,20 @@ class Plan:
 
     @cached_property
     def bulk(self) -> bool:
-        """Whether tiles go by the copy engine: whole chunks, full tiles, so much work that
-        describing tensors to it pays, and a configuration that reads ahead."""
-        wide = self.delta and self.decay != "channel"
+        """Whether tiles may go by the copy engine: whole chunks, full tiles, and so much work that
+        describing tensors to it pays."""
         return (
             not self.packed and self.T % C == 0
-            and self.K == self.V and self.K in ((128, 256) if wide else (128,))
-            and self.dtype != torch.float32
+            and (self.plain or self.delta or self.decay == "channel")
+            and self.K == self.V and self.K in (128, 256) and self.dtype != torch.float32
             and self.chunks * self.H * self.K * self.V >= MANY * 128 * 128
-            and self.config("outputs" if self.plain else "scan")["num_stages"] > 1
+            and (not self.plain or self.config("outputs")["num_stages"] > 1)
             and configs.copy_engine(self.device)
         )  # fmt: skip
+
+    def described(self, c: configs.Config) -> bool:
+        """Whether a kernel of this configuration is given descriptors: one that reads ahead."""
+        return self.bulk and c["num_stages"] > 1
 
     @cached_property
     def bulk_prepare(self) -> bool:

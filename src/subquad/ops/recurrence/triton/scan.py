@@ -35,7 +35,6 @@ from subquad.ops.recurrence.triton.parts import (
 from subquad.ops.recurrence.triton.state import (
     added,
     each,
-    fades,
     fading,
     identity,
     keep,
@@ -121,7 +120,7 @@ def scan(
     whole = 1.0
     if DECAY == HEAD and not FUSE:
         whole = whole_gate(G_, GS, first, chunks, HD, hd, chunk, H, h, C, FUSE)
-    if DECAY == CHANNEL and not EARLY:
+    if DECAY == CHANNEL:
         whole = fading(GS, chunks, chunk, H, h, K, BK)
     if SCALED:
         size_a = scale_of(GS, chunks, chunk, H, h, K)
@@ -133,7 +132,7 @@ def scan(
                 whole = whole_gate(G_, GS, t, left, HD, hd, chunk, H, h, C, FUSE)
             else:  # a step ahead, since it is read when all else waits
                 later = whole_gate(G_, GS, t, left - C, HD, hd, chunk + n + 1, H, h, C, FUSE)
-        if DECAY == CHANNEL and not EARLY:
+        if DECAY == CHANNEL:
             later = fading(GS, chunks - n - 1, chunk + n + 1, H, h, K, BK)
         if SCALED:
             later_a = scale_of(GS, chunks - n - 1, chunk + n + 1, H, h, K)
@@ -199,11 +198,11 @@ def scan(
         if DECAY == HEAD:
             factor = each(whole, tiles)
         if DECAY == CHANNEL:
-            factor = fades(GS, chunk + n, H, h, K, BK) if EARLY else whole
+            factor = whole
         if DECAY != NONE:
             total = product(total, factor)
-        if (DECAY == HEAD and not FUSE) or (DECAY == CHANNEL and not EARLY):
-            whole = later
+            if not FUSE:
+                whole = later
         if not EARLY:  # fewer values live at once than with the outputs first
             S = _written(S, factor, D, fall, Dd, rest, k, DECAY, PRECISION)
         if OUTPUT:
