@@ -38,6 +38,8 @@ from subquad.ops.recurrence.triton.state import (
     fading,
     identity,
     keep,
+    met,
+    moved,
     no_tiles,
     opening,
     operand,
@@ -89,6 +91,8 @@ def scan(
     links: tl.constexpr = (K + BV - 1) // BV if SPLIT and DELTA else 0
     tiles: tl.constexpr = (K + BK - 1) // BK
     EARLY: tl.constexpr = tiles > 1
+    # Three operands of a wide state leave neither registers nor shared memory to wait in.
+    LEAN: tl.constexpr = SCALED and EARLY
     # Asked for after the reading, P is not waited for before; beside the outputs it takes longer.
     LATE: tl.constexpr = KEEP and tiles > 1
     pid = tl.program_id(0)
@@ -120,7 +124,7 @@ def scan(
     whole = 1.0
     if DECAY == HEAD and not FUSE:
         whole = whole_gate(G_, GS, first, chunks, HD, hd, chunk, H, h, C, FUSE)
-    if DECAY == CHANNEL:
+    if DECAY == CHANNEL and not LEAN:
         whole = fading(GS, chunks, chunk, H, h, K, BK)
     if SCALED:
         size_a = scale_of(GS, chunks, chunk, H, h, K)
@@ -132,18 +136,19 @@ def scan(
                 whole = whole_gate(G_, GS, t, left, HD, hd, chunk, H, h, C, FUSE)
             else:  # a step ahead, since it is read when all else waits
                 later = whole_gate(G_, GS, t, left - C, HD, hd, chunk + n + 1, H, h, C, FUSE)
-        if DECAY == CHANNEL:
+        if DECAY == CHANNEL and not LEAN:
             later = fading(GS, chunks - n - 1, chunk + n + 1, H, h, K, BK)
         if SCALED:
             later_a = scale_of(GS, chunks - n - 1, chunk + n + 1, H, h, K)
-        k = operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
-        kind = k[0].dtype
+        if not LEAN:
+            k = operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
         # A transition's columns carry no values.
         values = part < blocks
         v = bulk(
             V_, tl.where(values, t, 1 << 30), tl.where(values, left, 0), HV, hv, part * BV,
             V, C, BV, BULK,
         )  # fmt: skip
+        kind = v.dtype
         v = tl.trans(v)
         fall = None
         if DECAY == HEAD:
@@ -152,14 +157,17 @@ def scan(
             beta = betas(BS, BD, chunk + n, H, h, C, BULK)
             if not LATE:
                 p = tl.trans(bulk_block(P, chunk + n, H, h, C, C, BULK))
-            kw = k
-            if DECAY == CHANNEL:
+            if DECAY != CHANNEL:
+                kw = k
+            elif not LEAN:
                 kw = operand(K_, KW, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
-        if OUTPUT and EARLY:
+        if OUTPUT and EARLY and not LEAN:
             q = operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
         read = tl.zeros([BV, C], tl.float32)
         o = tl.zeros([BV, C], tl.float32)
-        for x in tl.static_range(tiles - 1, -1, -1):
+        if LEAN:
+            read = met(S, KW, read, chunk + n, H, h, K, C, BK, PRECISION)
+        for x in tl.static_range(-1 if LEAN else tiles - 1, -1, -1):
             if FINER:
                 Sd, Sl = halved(S[x])
             else:
@@ -197,9 +205,9 @@ def scan(
         factor = None
         if DECAY == HEAD:
             factor = each(whole, tiles)
-        if DECAY == CHANNEL:
+        if DECAY == CHANNEL and not LEAN:
             factor = whole
-        if DECAY != NONE:
+        if DECAY != NONE and not LEAN:
             total = product(total, factor)
             if not FUSE:
                 whole = later
@@ -236,7 +244,11 @@ def scan(
                 size, inverse_size = power(tl.max(tl.abs(D), axis=1))
                 a = tl.trans(bulk_block(AL, chunk + n, H, h, C, C, BULK))
                 inner = tl.dot((D * inverse_size[:, None]).to(tl.float16), a)
-                o += inner * (size * size_a)[:, None]
+                inner *= (size * size_a)[:, None]
+                if LEAN:
+                    o = met(S, QG, inner, chunk + n, H, h, K, C, BK, PRECISION)
+                else:
+                    o += inner
                 size_a = later_a
             else:
                 o = tl.dot(Dd, a, o, input_precision=PRECISION)
@@ -245,7 +257,9 @@ def scan(
                     if DELTA:
                         o = tl.dot(Dl, a, o)
             bulk_put_t(O, o, t, left, H, h, part * BV, V, C, BV, BULK and EARLY)
-        if EARLY:
+        if LEAN:
+            S = moved(S, GS, KG, Dd, rest, chunk + n, H, h, K, C, BK, PRECISION)
+        elif EARLY:
             S = _written(S, factor, D, fall, Dd, rest, k, DECAY, PRECISION)
 
     if SPLIT:

@@ -123,6 +123,36 @@ def scale_of(GS, left, chunk, H, h, K: tl.constexpr):
 
 
 @triton.jit
+def met(
+    S, GATED, x, chunk, H, h, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x and the tiles times those of GATED, each brought where it is read: less is held at once
+    than by :func:`operand`."""
+    for n in tl.static_range(len(S)):
+        g = block(GATED, chunk, H, h, n * BK, K, C, BK)
+        x = tl.dot(S[n].to(g.dtype), tl.trans(g), x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def moved(
+    S, GS, KG, D, rest, chunk, H, h, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tiles after a chunk that writes D and its ``rest``; the factors and KG brought as in
+    :func:`met`."""
+    found = no_tiles()
+    for n in tl.static_range(len(S)):
+        g = block(KG, chunk, H, h, n * BK, K, C, BK)
+        columns = n * BK + tl.arange(0, BK)[None, :]
+        s = S[n] * tl.load(gate_place(GS, chunk, H, h, K) + columns, mask=columns < K, other=0.0)
+        s = tl.dot(D, g, s, input_precision=PRECISION)
+        found += (tl.dot(rest, g, s, input_precision=PRECISION),)
+    return found
+
+
+@triton.jit
 def each(x, tiles: tl.constexpr):
     """x for every tile."""
     found = no_tiles()
