@@ -80,6 +80,7 @@ def test_a_rehearsal_meets_every_kernel(decay, T, segment, monkeypatch):
         return True
 
     monkeypatch.setattr(kernel, "_met", set())
+    monkeypatch.setattr(kernel.Launch, "_comes", lambda *_: False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
@@ -92,6 +93,35 @@ def test_a_rehearsal_meets_every_kernel(decay, T, segment, monkeypatch):
         assert launched < ahead
         launch.backward(o, None, **_named(x), kept=kept, scale=1.0)
         assert launched == ahead
+
+
+def _add_one(X, n):
+    """A kernel that is never compiled."""
+
+
+def test_a_kernel_that_rarely_has_work_is_waited_for_by_its_second_launch(monkeypatch):
+    if interpreted():
+        pytest.skip("nothing is compiled")
+    pytest.importorskip("triton")
+    from concurrent.futures import Future
+
+    from subquad.ops import kernel
+    from subquad.ops.tape import record
+
+    launched = []
+    monkeypatch.setattr(kernel, "_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(kernel.Launch, "__call__", lambda self, *_: launched.append(self))
+    add_one, x = kernel.Kernel(_add_one, sizes=("n",)), torch.zeros(4)
+    idle, busy = torch.zeros(3, dtype=torch.int32), torch.tensor([0, 1, 0], dtype=torch.int32)
+    one, two = (add_one.bind((1,), n) for n in (4, 5))
+    one.binaries[(x.dtype,)] = Future()
+    _, tape = record(lambda: one.where(idle, x))
+    assert (launched, tape.whole) == ([], False)
+    _, tape = record(lambda: one.where(idle, x))
+    assert (launched, tape.whole) == ([one], True)
+    two.where(busy, x)
+    assert launched == [one, two]
 
 
 def _named(x):

@@ -127,6 +127,15 @@ def test_outputs_are_as_exact_as_in_torch(decay, delta, T, width):
     assert off["triton"] <= 1.2 * off["torch"], off
 
 
+@pytest.mark.parametrize(("K", "first"), [(40, False), (48, True)])
+def test_strong_decays_in_a_first_call_and_after_it(K, first):
+    """A first call does not wait for the kernels of strong decays unless it has some."""
+    for strong in (first, not first):
+        case = Case("channel", True, T=100, K=K, V=24, dtype=BF16, strong=strong)
+        found = errors(case, "cuda")
+        assert max(found.values()) <= LIMITS[case.dtype], found
+
+
 @pytest.mark.parametrize("delta", [False, True])
 def test_the_same_twice(delta):
     """A result that moves between runs is a race."""

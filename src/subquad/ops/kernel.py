@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
@@ -32,22 +32,23 @@ MOST_REPEATS = 128  # of all calls of one kind: of other lengths, or of other sc
 
 
 def _begin() -> None:
-    """What Triton does once before its first compilation: it compiles its calls of CUDA's driver
-    and hashes its own files."""
+    """What Triton does once before its first compilation: it hashes its own files, and compiles its
+    calls of CUDA's driver."""
     if torch.version.cuda and not interpreted():
-        with suppress(Exception):  # comes again, where it is needed
+        # What fails comes again, where it is needed.
+        with suppress(Exception), ThreadPoolExecutor(1) as beside:
+            beside.submit(triton.runtime.cache.triton_key)
             _ = triton.runtime.driver.active
-            triton.runtime.cache.triton_key()
 
 
-# Half a second, mostly outside Python's lock, while kernels are imported.
+# Mostly outside Python's lock, while kernels are imported.
 _beginning = threading.Thread(target=_begin, daemon=True)
 _beginning.start()
 
 
 class _Rehearsal(threading.local):
-    # What was asked for, by what tells kernels apart; None outside a rehearsal.
-    wanted: dict[tuple[Any, ...], Callable[[], Any]] | None = None
+    # Who asked for what, by what tells kernels apart; None outside a rehearsal.
+    wanted: dict[tuple[Any, ...], tuple[Launch, Callable[[], Any]]] | None = None
 
 
 _rehearsal = _Rehearsal()
@@ -72,7 +73,7 @@ class Kernel:
         self.length = length
         self.jit = jit(do_not_specialize=list(sizes))(function)
         self.interpreted = not isinstance(self.jit, triton.runtime.JITFunction)
-        self.binaries: dict[Hashable, dict[Hashable, Binary]] = {}
+        self.binaries: dict[Hashable, dict[Hashable, Binary | Future[Binary | None]]] = {}
         self.launches: dict[Hashable, Launch] = {}
 
     def bind(self, grid: tuple[int, ...], *numbers: Any, **more: Any) -> Launch:
@@ -109,6 +110,7 @@ class Launch:
     ) -> None:
         self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
         self.numbers, self.more = numbers, more
+        self.rare = self.asked = False
         if kernel.interpreted:
             return
         names = kernel.jit.arg_names
@@ -127,7 +129,7 @@ class Launch:
         if self.kernel.interpreted:
             self.kernel.jit[self.grid](*tensors, *self.numbers, **self.more)
             return
-        forms = tuple([t.dtype if isinstance(t, Tensor) else _form(t) for t in tensors])
+        forms = _forms(tensors)
         found = self.ready.get(forms)
         if found is None or _rehearsal.wanted is not None:
             found = self._prepare(forms, tensors)
@@ -143,33 +145,64 @@ class Launch:
         else:
             submit(places, triton.runtime.driver.active.get_current_stream(device))
 
+    def where(self, flags: Tensor, *tensors: Any) -> None:
+        """As a call, of a kernel that has work only where some of ``flags``, which it reads itself,
+        are not 0. That is rare, so a rehearsal does not wait for its compilation, and where the
+        first launch would, the device is asked first."""
+        self.rare = True
+        if not self.asked and _rehearsal.wanted is None:
+            self.asked = True
+            waits = self._comes(tensors) and not torch.cuda.is_current_stream_capturing()
+            if waits and not flags.any():
+                if recording.tape is not None:
+                    recording.tape.whole = False
+                return
+        self(*tensors)
+
+    def _comes(self, tensors: Sequence[Any]) -> bool:
+        """Whether it is being compiled."""
+        if self.kernel.interpreted:
+            return False
+        binary = self.binaries.get(_dtypes(_forms(tensors)))
+        return isinstance(binary, Future) and not binary.done()
+
     def _prepare(
         self, forms: tuple[Any, ...], tensors: Sequence[Any]
     ) -> tuple[Submit | None, Any] | None:
         """What launches the kernel for tensors of these forms; None in a rehearsal."""
-        # Of a descriptor its tile, not the sizes of its tensor.
-        dtypes = tuple([f[0] if isinstance(f, tuple) else f for f in forms])
+        dtypes = _dtypes(forms)
         binary = self.binaries.get(dtypes)
         kinds = [t.dtype if isinstance(t, Tensor) else t for t in tensors]
         if _rehearsal.wanted is not None:
             if binary is None:
                 key = self.kernel, self.form, dtypes
-                _rehearsal.wanted[key] = lambda: self.compile(dtypes, kinds)
+                _rehearsal.wanted[key] = self, lambda: self.compile(kinds)
             return None
-        binary = binary or self.compile(dtypes, kinds)
+        if isinstance(binary, Future):
+            binary = None if binary.exception() else binary.result()
+            self.binaries.pop(dtypes, None)
+        binary = binary or self.compile(kinds)
         if binary is None:
             return None
+        self.binaries[dtypes] = binary
         given = [t for t in tensors if t is not None]
         found = binary.submit(self.grid, given, self.given), binary.compiled
         self.ready[forms] = found
         return found
 
-    def compile(self, dtypes: Hashable, kinds: Sequence[Any]) -> Binary | None:
+    def compile(self, kinds: Sequence[Any]) -> Binary | None:
         """The kernel for tensors of such kinds (a dtype, a descriptor or None), on the device."""
         found = self.kernel.jit.warmup(*kinds, *self.numbers, grid=self.grid, **self.more)
-        if found is None:  # Triton's hook has it
-            return None
-        return self.binaries.setdefault(dtypes, Binary(found))
+        return None if found is None else Binary(found)  # None: Triton's hook has it
+
+
+def _dtypes(forms: Sequence[Any]) -> tuple[Any, ...]:
+    # Of a descriptor its tile, not the sizes of its tensor.
+    return tuple([f[0] if isinstance(f, tuple) else f for f in forms])
+
+
+def _forms(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple([t.dtype if isinstance(t, Tensor) else _form(t) for t in tensors])
 
 
 def _form(x: Any) -> Hashable:
@@ -256,16 +289,24 @@ def rehearse(run: Callable[[], object]) -> None:
     finally:
         _rehearsal.wanted = None
 
-    def ready(key: tuple[Any, ...]) -> None:
-        with torch.cuda.device(key[1][0]):  # that of the launch
-            wanted[key]()
+    def ready(device: int, compile: Callable[[], Any]) -> Any:
+        with torch.cuda.device(device):
+            return compile()
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        # The longest first, none of which should be left alone: by what is known of them, else
-        # those of a backward pass, which come last.
-        order = [*reversed(wanted)]
-        order.sort(key=lambda key: -key[0].length)
-        list(threads.map(ready, order))
+    # The longest first, none of which should be left alone: by what is known of them, else those
+    # of a backward pass, which come last. The rare ones after all others.
+    order = [*reversed(wanted)]
+    order.sort(key=lambda key: (wanted[key][0].rare, -key[0].length))
+    threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    awaited = []
+    for key in order:
+        (kernel, form, dtypes), (launch, compile) = key, wanted[key]
+        coming = kernel.binaries[form][dtypes] = threads.submit(ready, form[0], compile)
+        if not launch.rare:
+            awaited.append(coming)
+    threads.shutdown(wait=False)
+    for coming in awaited:
+        coming.result()
 
 
 def repeated(
@@ -287,5 +328,6 @@ def repeated(
     out, did = record(lambda: run(*inputs))
     if len(known) >= MOST_REPEATS:
         known.clear()
-    known[key] = repeatable(did, inputs, out, constants())
+    if did.whole:
+        known[key] = repeatable(did, inputs, out, constants())
     return out

@@ -86,9 +86,11 @@ def addresses(tensors: Sequence[Any], device: int) -> list[int]:
 
 class Tape:
     """What a function did: the tensors ``made``, those of ``zeros``, and the ``launches``, each
-    with its tensors (and None for its :data:`Submit` where Triton must launch)."""
+    with its tensors (and None for its :data:`Submit` where Triton must launch); ``whole`` unless a
+    launch was left out."""
 
     def __init__(self) -> None:
+        self.whole = True
         self.made: list[Tensor] = []
         self.zeros: list[Tensor] = []
         self.launches: list[tuple[Submit | None, Sequence[Any]]] = []

@@ -15,6 +15,8 @@ enters with a plus sign (q, Z) or a minus sign (the rest of dk), the gradient of
 or loses the operand times its gradient; summed from the back of the chunk it is that of g.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
@@ -122,7 +124,7 @@ def score_grads(
             tl.store(DB + first * H + h + n * H, db, mask=n < left)
 
 
-@kernel
+@partial(kernel, length=3)
 def grads(
     Q, K_, V_, G_, BETA, DO, D_, F_, FD, HS, DHS, DA, Y, GS, FLAG, TABLE, DQ, DK, DV, DG, DB,
     scale, T, SIZE, H, HQ, HK, HV, HD, HB,

@@ -227,11 +227,13 @@ def _backward(
         else:
             do, D, F = described(p, c["BV"], do, new, through, width=c["BV"])
         HS, DHS = (states_of(p, c["BV"], c["BK"], t) for t in (HS, DHS))
-    for strong in (False, True) if p.decay == "channel" else (False,):
-        _grads(p, scale, strong)(
-            q, k, v, decay, beta, do, D, through, F, HS, DHS, da, y, ready.GS, ready.FLAG,
-            chunk_table, dq, dk, dv, dg, db,
-        )  # fmt: skip
+    tensors = (
+        q, k, v, decay, beta, do, D, through, F, HS, DHS, da, y, ready.GS, ready.FLAG,
+        chunk_table, dq, dk, dv, dg, db,
+    )  # fmt: skip
+    _grads(p, scale, False)(*tensors)
+    if ready.FLAG is not None:
+        _grads(p, scale, True).where(ready.FLAG, *tensors)
     return dq, dk, dv, dg, db, None if state is None else dstate
 
 

@@ -20,6 +20,8 @@ no exponent is positive. FINE takes these factors in tf32, whose three further b
 bfloat16 outputs.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
@@ -173,7 +175,7 @@ def invert(N_, P, H, C: tl.constexpr, EXACT: tl.constexpr):
     put_block(P, inverse(N, C, EXACT), chunk, H, h, 0, C, C, C)
 
 
-@kernel
+@partial(kernel, length=3)
 def prepare(
     Q, K_, G_, BETA, TABLE, FLAG, A, AL, P, BS, QG, KG, KW, GS,
     scale, T, H, HQ, HK, HD, HB,

@@ -76,8 +76,8 @@ def prepared(p: Plan, q, k, decay, beta, scale: float, table, fine: bool, given)
         n = 3 if p.decay == "channel" else 2
         tiles = *described(p, BK, *tiles[:n], width=BK), *tiles[n:]
     _prepare(p, scale, fine, False)(*tiles, *rest)
-    if p.decay == "channel":
-        _prepare(p, scale, fine, True)(q, k, decay, *rest)
+    if out.FLAG is not None:
+        _prepare(p, scale, fine, True).where(out.FLAG, q, k, decay, *rest)
         if p.delta:
             _invert(p)(out.P, out.P)
     return out

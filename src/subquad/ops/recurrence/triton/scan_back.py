@@ -1,5 +1,7 @@
 """The gradient of :mod:`scan`'s state, carried back through the chunks of a segment."""
 
+from functools import partial
+
 import triton.language as tl
 
 from subquad.ops.recurrence.triton.parts import (
@@ -29,7 +31,7 @@ from subquad.ops.recurrence.triton.state import (
 )
 
 
-@kernel
+@partial(kernel, length=2)
 def scan_back(
     Q, K_, G_, DO, A, P, BS, BD, QG, KG, KW, GS, GD, INIT, TABLE, OUT, HS, START, LOCAL,
     scale, T, SIZE, H, HQ, HK, HD,
