@@ -219,7 +219,9 @@ def keeps(p: Plan, trains: bool) -> tape.Shapes:
     if p.split:
         float32, heads = torch.float32, (p.segments, p.H)
         rows = (link_rows(p)[0], p.K) if p.delta else (p.K if p.decay == "channel" else 1,)
-        found = {"starts": ((*heads, p.K, p.V), float32), "link": ((*heads, *rows), float32)}
+        found["starts"] = (*heads, p.K, p.V), float32
+        if not p.plain:
+            found["link"] = (*heads, *rows), float32
     if trains and not p.fuse and not p.plain:
         found |= ready(p)
     return found

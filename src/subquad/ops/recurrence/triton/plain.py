@@ -98,21 +98,25 @@ def summed(p: Plan, decay, table) -> Tensor | None:
     return G
 
 
+def _segments(p: Plan, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for what each segment adds to the state, and for its decay."""
+    local = empty(like, p.segments, p.H, p.V, p.K, dtype=torch.float32)
+    return local, empty(like, p.segments, p.H, dtype=torch.float32)
+
+
 def forward(
     p: Plan, q, k, v, decay, state, table, first, chunk_table, scale: float, o, final, kept
 ) -> None:
-    """Write o, the final state, and of a split sequence the states before its segments and their
-    decays (``kept``)."""
+    """Write o, the final state, and the states before the segments of a split sequence (``kept``)."""
     G = summed(p, decay, chunk_table)
     kind, init = ("", None) if state is None else ("given", state)
-    last: Tensor | None = final
     if p.split:
-        starts, link = kept["starts"], kept["link"]
-        local = empty(v, p.segments, p.H, p.V, p.K, dtype=torch.float32)
+        starts = kept["starts"]
+        local, link = _segments(p, v)
         run_states(p, scale, "", v, k, None, G, None, table, None, None, local, link, None)
-        _join(p, state is not None, False)(local, link, state, first, starts, final)
-        kind, init, last = "carried", starts, None
-    run_states(p, scale, kind, v, k, q, G, init, table, None, o, None, None, last)
+        _join(p, state is not None, False)(local, link, state, first, starts)
+        kind, init = "carried", starts
+    run_states(p, scale, kind, v, k, q, G, init, table, None, o, None, None, final)
 
 
 def backward(
@@ -129,12 +133,12 @@ def backward(
     run_states(p, scale, kind, v, k, None, G, init, table, before, None, None, None, None)
     kind, ends = ("", None) if dfinal is None else ("given", dfinal)
     if p.split:
-        local = empty(v, p.segments, p.H, p.V, p.K, dtype=torch.float32)
+        local, link = _segments(p, v)
         ends = empty(v, *local.shape, dtype=torch.float32)
         run_states(
-            p, scale, "", do, q, None, G, None, table, None, None, local, None, None, back=True
+            p, scale, "", do, q, None, G, None, table, None, None, local, link, None, back=True
         )
-        _join(p, dfinal is not None, True)(local, kept["link"], dfinal, first, ends, None)
+        _join(p, dfinal is not None, True)(local, link, dfinal, first, ends)
         kind = "carried"
     run_states(
         p, scale, kind, do, q, None, G, ends, table, after, None, None, None, dstate, back=True

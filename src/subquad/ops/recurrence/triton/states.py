@@ -75,8 +75,8 @@ def states(
             S = tl.load(at, mask=ok, other=0.0)
     total = 0.0
     chunks = tl.cdiv(end - first, C).to(tl.int32)
-    if SPLIT and BACK:  # nothing comes before the first segment
-        chunks = tl.where(opens, 0, chunks)
+    if SPLIT:  # what the last segment (BACK: the first) adds is asked for by nobody
+        chunks = tl.where(opens if BACK else closes, 0, chunks)
     i = tl.arange(0, C)[None, :]
     j = tl.arange(0, C)[:, None]
     whole = 0.0
@@ -106,13 +106,28 @@ def states(
             keep(HS, S.to(kind), chunk + n, h, H, value, column, K, V, BV, BK, BULK)
         if OUTPUT:
             q = bulk(Q, t, left, HQ, hq, 0, K, C, BK, BULK)
-            a = tl.dot(y, tl.trans(q), input_precision=PRECISION)
             if FINE and not DECAY:
                 high, low = halved(S)
                 o = tl.dot(high, tl.trans(q))
                 o = tl.dot(low, tl.trans(q), o)
             else:
                 o = tl.dot(S.to(kind), tl.trans(q), input_precision=PRECISION)
+        # Between the outputs' products: after them the state's would still run when those of the
+        # next chunk begin, and the assembler would wait after every single one (C7515).
+        written = tl.trans(x)
+        if DECAY:
+            if BACK:
+                written = (written * (tl.exp2(G) * scale)[None, :]).to(kind)
+            else:
+                written = (written * tl.exp2(whole - G)[None, :]).to(kind)
+            S *= tl.exp2(whole)
+            total += whole
+            whole = later
+        elif BACK:
+            written = (written * scale).to(kind)
+        S = tl.dot(written, y, S, input_precision=PRECISION)
+        if OUTPUT:
+            a = tl.dot(y, tl.trans(q), input_precision=PRECISION)
             if DECAY:
                 o *= (tl.exp2(G) * scale)[None, :]
                 a *= tl.exp2(tl.where(i >= j, G[None, :] - G[:, None], float("-inf"))) * scale
@@ -126,22 +141,9 @@ def states(
             else:
                 o = tl.dot(tl.trans(x), a.to(kind), o, input_precision=PRECISION)
             bulk_put_t(O, o, t, left, H, h, value, V, C, BV, BULK)
-        x = tl.trans(x)
-        if DECAY:
-            if BACK:
-                x = (x * (tl.exp2(G) * scale)[None, :]).to(kind)
-            else:
-                x = (x * tl.exp2(whole - G)[None, :]).to(kind)
-            S *= tl.exp2(whole)
-            total += whole
-            whole = later
-        elif BACK:
-            x = (x * scale).to(kind)
-        S = tl.dot(x, y, S, input_precision=PRECISION)
     if SPLIT:
         keep(LOCAL, S, index, h, H, value, column, K, V, BV, BK, False)
-        if not BACK:
-            tl.store(LINK + index.to(tl.int64) * H + h, tl.exp2(total))
+        tl.store(LINK + index.to(tl.int64) * H + h, tl.exp2(total))
     elif LAST is not None:
         if BACK:
             closes = opens
@@ -151,13 +153,13 @@ def states(
 
 @kernel
 def join(
-    LOCAL, LINK, INIT, FIRST, OUT, LAST,
+    LOCAL, LINK, INIT, FIRST, OUT,
     T, SIZE, H,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PACKED: tl.constexpr, HAS_INIT: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """Carry the state (BACK: its gradient) over the segments of one sequence: OUT gets what stands
-    before each (BACK: after it), LAST what stands after the last (not BACK)."""
+    before each (BACK: after it)."""
     blocks: tl.constexpr = (V + BV - 1) // BV
     sequence = tl.program_id(0) // blocks
     h = tl.program_id(1)
@@ -183,6 +185,3 @@ def join(
         base = index.to(tl.int64) * H + h
         at = LOCAL + base * (V * K) + rows[:, None] * K + columns[None, :]
         S = S * tl.load(LINK + base) + tl.load(at, mask=ok, other=0.0)
-    if not BACK:
-        at, ok = state_at(LAST, sequence, h, H, rows, columns, K, V)
-        tl.store(at, S, mask=ok)
