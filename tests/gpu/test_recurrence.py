@@ -49,6 +49,8 @@ def _cases():
     yield Case("head", True, dtype=BF16, K=64, V=256)
     yield Case("head", True, dtype=F32, T=2100, H=1, packed=(1500, 0, 600))
     yield Case("head", False, dtype=BF16, T=4200, H=1, packed=(4000, 0, 200), state=True)
+    yield Case("head", False, dtype=BF16, T=2100, H=1, K=256, V=64, state=True)
+    yield Case("none", False, dtype=F32, T=100, K=256, V=256, state=True)
 
 
 @pytest.fixture
@@ -73,6 +75,10 @@ BULK = [
     Case("head", False, B=2, T=320, dtype=BF16, K=128, V=128, groups=2, state=True),
     Case("head", False, T=2048, dtype=BF16, K=128, V=128, state=True),
     Case("none", False, T=2048, H=4, dtype=BF16, K=128, V=128, state=True),
+    Case("none", False, B=2, T=320, dtype=F16, K=128, V=128, groups=2),
+    Case("head", False, B=2, T=320, dtype=BF16, K=256, V=256, groups=2, state=True),
+    Case("head", False, T=2048, H=1, dtype=BF16, K=256, V=256, state=True),
+    Case("none", False, T=192, dtype=BF16, K=256, V=256, state=True),
     Case("head", True, B=2, T=320, dtype=BF16, K=256, V=256, groups=2, state=True),
     Case("head", True, T=2048, H=1, dtype=F16, K=256, V=256),
     Case("none", True, T=192, dtype=BF16, K=256, V=256, state=True),
@@ -100,6 +106,17 @@ def test_by_the_copy_engine(case):
     assert max(found.values()) <= LIMITS[case.dtype], found
 
 
+@pytest.mark.usefixtures("_poison", "_described")
+@pytest.mark.parametrize(
+    "case", [c for c in BULK if not c.delta and c.K == 128], ids=lambda case: case.name
+)
+def test_programs_that_share_a_multiprocessor(case, monkeypatch):
+    """Without the delta rule they read less far ahead."""
+    monkeypatch.setattr(layout.configs, "processors", lambda device: 1)
+    found = errors(case, "cuda")
+    assert max(found.values()) <= LIMITS[case.dtype], found
+
+
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
 @pytest.mark.parametrize(
     ("delta", "T", "width"),
@@ -108,6 +125,7 @@ def test_by_the_copy_engine(case):
         (False, 1024, 128),
         (False, 1024, 256),
         (False, 6144, 128),
+        (False, 6144, 256),
         (True, 1000, 128),
         (True, 1024, 128),
         (True, 1024, 256),

@@ -132,7 +132,7 @@ def tune(
         (case, kernel, config)
         for case in cases(sizes, dtypes, forms)
         for kernel in kernels
-        if (kernel in PLAIN) == goes_plain(case.decay, case.delta, case.K)
+        if (kernel in PLAIN) == goes_plain(case.decay, case.delta)
         for config in candidates(kernel, case.K, case.V, case.dtype.itemsize)
     ]
     right = _checked(jobs, workers or min(16, os.cpu_count() or 1), tell)

@@ -52,9 +52,9 @@ def slots(cu: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
     return columns.int().contiguous(), first.int()
 
 
-def goes_plain(decay: str, delta: bool, K: int) -> bool:
-    """Whether nothing but the state, in one tile, goes from chunk to chunk (:mod:`states`)."""
-    return not delta and decay != "channel" and K <= 128
+def goes_plain(decay: str, delta: bool) -> bool:
+    """Whether nothing but the state goes from chunk to chunk (:mod:`states`)."""
+    return not delta and decay != "channel"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ class Plan:
     @cached_property
     def plain(self) -> bool:
         """See :func:`goes_plain`."""
-        return goes_plain(self.decay, self.delta, self.K)
+        return goes_plain(self.decay, self.delta)
 
     @cached_property
     def fine(self) -> bool:
@@ -299,7 +299,7 @@ def lay_out(q, k_heads, v, decay, beta_heads, sequences, dtype, device, whole, _
     size = cdiv(T, C) * C
     if not whole:
         arch, shape = configs.arch(device), (name, delta, K, V, dtype.itemsize)
-        if goes_plain(name, delta, K):
+        if goes_plain(name, delta):
             c = configs.config("states", arch, *shape)
             programs, fill = N * H * cdiv(V, c["BV"]) * cdiv(K, c["BK"]), c["fill"]
         else:

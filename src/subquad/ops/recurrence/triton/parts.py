@@ -229,6 +229,14 @@ def power(x):
 
 
 @triton.jit
+def in_registers(x):
+    """x of half precision, which the compiler cannot then read from shared memory instead."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2
+    )
+
+
+@triton.jit
 def lost(x):
     """What rounding x to bfloat16 loses, in bfloat16; by its bits, since a conversion whose result
     is read again takes five times as long."""

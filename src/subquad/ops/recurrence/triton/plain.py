@@ -32,10 +32,15 @@ def _decays(p: Plan) -> Launch:
 
 
 def tiles(p: Plan, output: bool) -> dict[str, int]:
-    """The configuration of a pass: with outputs a program has all key channels."""
-    if output:
-        return {"BK": configs.key_width(p.K), **p.config("outputs")}
-    return {n: x for n, x in p.config("states").items() if n != "fill"}
+    """The configuration of a pass: with outputs a program has all key channels, and reads further
+    ahead if it has a multiprocessor ``alone``."""
+    if not output:
+        return {n: x for n, x in p.config("states").items() if n != "fill"}
+    c = {"BK": min(64 if p.exact else 128, configs.key_width(p.K)), **p.config("outputs")}
+    alone = c.pop("alone", c["num_stages"])
+    if p.segments * cdiv(p.V, c["BV"]) * p.H <= configs.processors(p.device):
+        c["num_stages"] = alone
+    return c
 
 
 @bound
@@ -44,12 +49,14 @@ def _states(
 ) -> Launch:
     """``init``: "", "given" or "carried"."""
     c, H = tiles(p, output), p.heads
+    columns = 1 if output else cdiv(p.K, c["BK"])
     heads = (p.H, H["HQ"], H["HQ"]) if back else (H["HV"], H["HK"], H["HQ"])
+    early = output and p.bulk and c["BK"] >= p.K and c["num_stages"] == 2
     return states.bind(
-        (p.segments * cdiv(p.V, c["BV"]) * cdiv(p.K, c["BK"]), p.H), scale, p.T, p.size, p.H,
+        (p.segments * cdiv(p.V, c["BV"]) * columns, p.H), scale, p.T, p.size, p.H,
         *heads, H["HD"], K=p.K, V=p.V, C=C, DECAY=p.decay == "head", PACKED=p.packed,
         HAS_INIT=bool(init), CARRIED=init == "carried", KEEP=keep, OUTPUT=output,
-        FINE=p.dtype == torch.bfloat16, SPLIT=split, BACK=back, BULK=p.bulk,
+        FINE=p.dtype == torch.bfloat16, SPLIT=split, BACK=back, BULK=p.bulk, EARLY=early,
         PRECISION=p.precision, **c,
     )  # fmt: skip
 
@@ -107,7 +114,7 @@ def _segments(p: Plan, like: Tensor) -> tuple[Tensor, Tensor]:
 def forward(
     p: Plan, q, k, v, decay, state, table, first, chunk_table, scale: float, o, final, kept
 ) -> None:
-    """Write o, the final state, and the states before the segments of a split sequence (``kept``)."""
+    """Write o, the final state, and of a split sequence the states before its segments."""
     G = summed(p, decay, chunk_table)
     kind, init = ("", None) if state is None else ("given", state)
     if p.split:

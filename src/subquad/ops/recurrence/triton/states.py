@@ -12,10 +12,54 @@ segments. The state stands transposed, ``[V,K]``. Decays go by powers of two, as
 instruction takes them.
 """
 
+import triton
 import triton.language as tl
 
-from subquad.ops.recurrence.triton.parts import LOG2E, bulk, bulk_put_t, halved, kernel, segment
-from subquad.ops.recurrence.triton.state import keep, state_at
+from subquad.ops.recurrence.triton.parts import (
+    LOG2E,
+    bulk,
+    bulk_put_t,
+    halved,
+    in_registers,
+    kernel,
+    segment,
+)
+from subquad.ops.recurrence.triton.state import added, keep, no_tiles, state_at
+
+
+@triton.jit
+def _rows(
+    X, t, left, heads, h, column, W: tl.constexpr, C: tl.constexpr, BW: tl.constexpr,
+    TILES: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """A chunk's rows, TILES of BW columns each."""
+    found = no_tiles()
+    for b in tl.static_range(TILES):
+        found += (bulk(X, t, left, heads, h, column + b * BW, W, C, BW, BULK),)
+    return found
+
+
+@triton.jit
+def _faded(S, factor):
+    found = no_tiles()
+    for b in tl.static_range(len(S)):
+        found += (S[b] * factor,)
+    return found
+
+
+@triton.jit
+def _put_outputs(
+    O, o, a, x, t, left, H, h, value, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
+    FINE: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write ``o [BV,C]`` and the values ``x [BV,C]`` times their scores ``a``."""
+    if FINE:
+        high, low = halved(a)
+        o = tl.dot(x, high, o)
+        o = tl.dot(x, low, o)
+    else:
+        o = tl.dot(x, a.to(x.dtype), o, input_precision=PRECISION)
+    bulk_put_t(O, o, t, left, H, h, value, V, C, BV, BULK)
 
 
 @kernel
@@ -40,18 +84,23 @@ def states(
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, PACKED: tl.constexpr, HAS_INIT: tl.constexpr, CARRIED: tl.constexpr,
     KEEP: tl.constexpr, OUTPUT: tl.constexpr, FINE: tl.constexpr, SPLIT: tl.constexpr,
-    BACK: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    BACK: tl.constexpr, BULK: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One segment of one head, BV value and BK key columns of the state; X is v (BACK: do), Y is k
-    (BACK: q).
+    """One segment of one head, BV value and BK key columns of the state (OUTPUT: all, in tiles of
+    BK); X is v (BACK: do), Y is k (BACK: q).
 
     INIT is the state before each segment (CARRIED: as :func:`join` wrote it). KEEP writes HS, the
-    state before every chunk (BACK: the gradient after it); OUTPUT (all key columns) writes O. SPLIT
-    starts every segment from zero, writes its own result to LOCAL and its decay to LINK; else LAST
-    gets the state after a sequence (BACK: the gradient before it). FINE lets the scores enter O as
-    two bfloat16, and where no decay fades what the state has lost the state, too.
+    state before every chunk (BACK: the gradient after it); OUTPUT writes O. SPLIT starts every
+    segment from zero, writes its own result to LOCAL and its decay to LINK; else LAST gets the
+    state after a sequence (BACK: the gradient before it). FINE lets the scores enter O as two
+    bfloat16, and where no decay fades what the state has lost the state, too.
+
+    EARLY asks for a chunk's tiles before the outputs of the one before it are written. The compiler
+    asks at a chunk's end, but before what stands under a condition; there nothing reads from tiles,
+    which may be gone.
     """
-    columns_of: tl.constexpr = (K + BK - 1) // BK
+    tiles: tl.constexpr = (K + BK - 1) // BK if OUTPUT else 1
+    columns_of: tl.constexpr = 1 if OUTPUT else (K + BK - 1) // BK
     blocks: tl.constexpr = (V + BV - 1) // BV * columns_of
     pid = tl.program_id(0)
     h = tl.program_id(1)
@@ -61,18 +110,20 @@ def states(
     column = part % columns_of * BK
     first, end, sequence, opens, closes, chunk = segment(TABLE, index, T, SIZE, C, PACKED)
     rows = value + tl.arange(0, BV)
-    columns = column + tl.arange(0, BK)
     hx, hy, hq, hd = h * HX // H, h * HY // H, h * HQ // H, h * HD // H
 
-    S = tl.zeros([BV, BK], tl.float32)
-    if HAS_INIT:
+    S = no_tiles()
+    for b in tl.static_range(tiles):
+        columns = column + b * BK + tl.arange(0, BK)
         if CARRIED:
             at = INIT + (index.to(tl.int64) * H + h) * (V * K) + rows[:, None] * K
             ok = (rows[:, None] < V) & (columns[None, :] < K)
-            S = tl.load(at + columns[None, :], mask=ok, other=0.0)
-        else:
+            S += (tl.load(at + columns[None, :], mask=ok, other=0.0),)
+        elif HAS_INIT:
             at, ok = state_at(INIT, index, h, H, rows, columns, K, V)
-            S = tl.load(at, mask=ok, other=0.0)
+            S += (tl.load(at, mask=ok, other=0.0),)
+        else:
+            S += (tl.zeros([BV, BK], tl.float32),)
     total = 0.0
     chunks = tl.cdiv(end - first, C).to(tl.int32)
     if SPLIT:  # what the last segment (BACK: the first) adds is asked for by nobody
@@ -100,55 +151,62 @@ def states(
             else:
                 later = tl.load(row + HD * C + C - 1, mask=n + 1 < chunks, other=0.0)
         x = bulk(X, t, left, HX, hx, value, V, C, BV, BULK)
-        y = bulk(Y, t, left, HY, hy, column, K, C, BK, BULK)
-        kind = y.dtype
+        y = _rows(Y, t, left, HY, hy, column, K, C, BK, tiles, BULK)
+        kind = x.dtype
         if KEEP:
-            keep(HS, S.to(kind), chunk + n, h, H, value, column, K, V, BV, BK, BULK)
+            keep(HS, S[0].to(kind), chunk + n, h, H, value, column, K, V, BV, BK, BULK)
         if OUTPUT:
-            q = bulk(Q, t, left, HQ, hq, 0, K, C, BK, BULK)
-            if FINE and not DECAY:
-                high, low = halved(S)
-                o = tl.dot(high, tl.trans(q))
-                o = tl.dot(low, tl.trans(q), o)
-            else:
-                o = tl.dot(S.to(kind), tl.trans(q), input_precision=PRECISION)
+            q = _rows(Q, t, left, HQ, hq, 0, K, C, BK, tiles, BULK)
+            o = tl.zeros([BV, C], tl.float32)
+            for b in tl.static_range(tiles):
+                if FINE and not DECAY:
+                    high, low = halved(S[b])
+                    o = tl.dot(high, tl.trans(q[b]), o)
+                    o = tl.dot(low, tl.trans(q[b]), o)
+                else:
+                    o = tl.dot(S[b].to(kind), tl.trans(q[b]), o, input_precision=PRECISION)
         # Between the outputs' products: after them the state's would still run when those of the
         # next chunk begin, and the assembler would wait after every single one (C7515).
-        written = tl.trans(x)
+        x = tl.trans(x)
+        if EARLY:
+            x = in_registers(x)
+        written = x
         if DECAY:
             if BACK:
                 written = (written * (tl.exp2(G) * scale)[None, :]).to(kind)
             else:
                 written = (written * tl.exp2(whole - G)[None, :]).to(kind)
-            S *= tl.exp2(whole)
+            S = _faded(S, tl.exp2(whole))
             total += whole
             whole = later
         elif BACK:
             written = (written * scale).to(kind)
-        S = tl.dot(written, y, S, input_precision=PRECISION)
+        S = added(S, written, y, PRECISION)
         if OUTPUT:
-            a = tl.dot(y, tl.trans(q), input_precision=PRECISION)
+            a = tl.zeros([C, C], tl.float32)
+            for b in tl.static_range(tiles):
+                a = tl.dot(y[b], tl.trans(q[b]), a, input_precision=PRECISION)
             if DECAY:
                 o *= (tl.exp2(G) * scale)[None, :]
                 a *= tl.exp2(tl.where(i >= j, G[None, :] - G[:, None], float("-inf"))) * scale
             else:
                 o *= scale
                 a = tl.where(i >= j, a * scale, 0.0)
-            if FINE:
-                high, low = halved(a)
-                o = tl.dot(tl.trans(x), high, o)
-                o = tl.dot(tl.trans(x), low, o)
+            if EARLY:
+                if left > 0:
+                    _put_outputs(O, o, a, x, t, left, H, h, value, V, C, BV, FINE, BULK, PRECISION)
             else:
-                o = tl.dot(tl.trans(x), a.to(kind), o, input_precision=PRECISION)
-            bulk_put_t(O, o, t, left, H, h, value, V, C, BV, BULK)
+                _put_outputs(O, o, a, x, t, left, H, h, value, V, C, BV, FINE, BULK, PRECISION)
     if SPLIT:
-        keep(LOCAL, S, index, h, H, value, column, K, V, BV, BK, False)
+        keep(LOCAL, S[0], index, h, H, value, column, K, V, BV, BK, False)
         tl.store(LINK + index.to(tl.int64) * H + h, tl.exp2(total))
     elif LAST is not None:
         if BACK:
             closes = opens
-        at, ok = state_at(LAST, sequence, h, H, rows, columns, K, V)
-        tl.store(at, S, mask=ok & (rows[:, None] < tl.where(closes, V, 0)))
+        for b in tl.static_range(tiles):
+            columns = column + b * BK + tl.arange(0, BK)
+            at, ok = state_at(LAST, sequence, h, H, rows, columns, K, V)
+            tl.store(at, S[b], mask=ok & (rows[:, None] < tl.where(closes, V, 0)))
 
 
 @kernel
