@@ -15,9 +15,9 @@ from subquad.mixers.parts.decay import (
     LowerBounds,
     bounded_gate,
     dt_bias_parameter,
-    softplus_decay,
 )
 from subquad.mixers.parts.norm import GatedRMSNorm, l2_norm, sum_norm
+from subquad.ops.layer import softplus_decay
 
 
 def conv(size=4, D=5, **options):

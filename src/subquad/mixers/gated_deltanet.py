@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from subquad.mixers.base import Context
-from subquad.mixers.parts.decay import A_log_parameter, dt_bias_parameter, softplus_decay
+from subquad.mixers.parts.decay import A_log_parameter, dt_bias_parameter
 from subquad.mixers.parts.norm import GatedRMSNorm, l2_norm
 from subquad.mixers.parts.recurrent import QKVMixer
 from subquad.ops import checks
+from subquad.ops.layer import softplus_decay
 
 
 class GatedDeltaNet(QKVMixer):

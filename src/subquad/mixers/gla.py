@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.mixers.base import Context
-from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.mixers.parts.decay import widen
 from subquad.mixers.parts.norm import GatedRMSNorm
 from subquad.mixers.parts.recurrent import QKVMixer, low_rank
 from subquad.ops import checks
+from subquad.ops.layer.activation import ACTIVATIONS
 
 
 class GLA(QKVMixer):

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from subquad.mixers.base import Context
-from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.mixers.parts.decay import LayerBound, LowerBounds, bounded_gate
 from subquad.mixers.parts.norm import GatedRMSNorm
 from subquad.mixers.parts.recurrent import RecurrentMixer
 from subquad.ops import checks
+from subquad.ops.layer.activation import ACTIVATIONS
 
 VARIANTS = ("library", "standalone")
 

@@ -21,12 +21,12 @@ from subquad.mixers.parts.decay import (
     A_log_parameter,
     dt_bias_parameter,
     exempt,
-    softplus_decay,
     widen,
 )
 from subquad.mixers.parts.norm import GatedRMSNorm, l2_norm
 from subquad.mixers.parts.recurrent import QKVMixer, low_rank
 from subquad.ops import checks
+from subquad.ops.layer import softplus_decay
 
 
 class KimiDeltaAttention(QKVMixer):

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.mixers.base import Context, Mixer
-from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.mixers.parts.neural_memory import LibraryMemory, NeuralMemory
 from subquad.mixers.parts.norm import GatedRMSNorm
 from subquad.mixers.parts.segments import SegmentAttention
 from subquad.mixers.softmax import Softmax
 from subquad.ops import checks
+from subquad.ops.layer.activation import ACTIVATIONS
 from subquad.state import State
 
 VARIANTS = ("lmm", "mac", "mag", "mal", "library")

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -15,6 +14,7 @@ from subquad.mixers.base import Mixer, create_mixer
 from subquad.mixers.parts.decay import LowerBounds
 from subquad.mixers.parts.norm import GatedRMSNorm as RMSNorm
 from subquad.models.config import CausalLMConfig
+from subquad.ops.layer import gated
 from subquad.state import State
 
 
@@ -28,7 +28,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.up_proj(x), self.gate_proj(x)))
 
 
 class Block(GradientCheckpointingLayer):

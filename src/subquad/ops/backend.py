@@ -206,7 +206,7 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 # The operations that explain() knows: their packages export BACKENDS and request(**shape).
-OPS = ("attention", "kernel_attention", "memory", "probe", "recurrence", "scan")
+OPS = ("attention", "kernel_attention", "layer", "memory", "probe", "recurrence", "scan")
 
 
 def explain(op: str, **shape: Any) -> list[Verdict]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.ops import checks
+from subquad.ops.layer import ACTIVATIONS, short_conv
 from subquad.parallel.mesh import current
 from subquad.parallel.tokens import Before
 
@@ -53,42 +53,39 @@ class ShortConv(nn.Module):
             return self._alone(x, past, cu_seqlens)
         if self.size == 1:
             rows = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-            return self._convolve(x), x.new_zeros(rows, 0, x.shape[2])
+            return self._convolve(x, None, None), x.new_zeros(rows, 0, x.shape[2])
         before = Before(x, past, cu_seqlens, self.size - 1, here)
         return before.finish(*self._alone(x, before.past, before.cu_seqlens))
 
     def _alone(
         self, x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        if cu_seqlens is not None:
-            return self._packed(x, past, cu_seqlens)
-        if past is None:
-            past = x.new_zeros(x.shape[0], self.size - 1, x.shape[2])
-        rows = torch.cat([past.to(x.dtype), x], 1)
-        return self._convolve(rows), rows[:, rows.shape[1] - self.size + 1 :].clone()
+        last = last_inputs(x, past, cu_seqlens, self.size - 1)
+        return self._convolve(x, past, cu_seqlens), last
 
-    def _convolve(self, rows: Tensor) -> Tensor:
-        """Shifted products: on a CPU they beat F.conv1d, which wants the channels first."""
-        weight = self.weight[:, 0].to(rows.dtype)
-        T = rows.shape[1] - self.size + 1
-        y = rows[:, :T] * weight[:, 0]
-        if self.bias is not None:
-            y = y + self.bias.to(rows.dtype)
-        for j in range(1, self.size):
-            y = torch.addcmul(y, rows[:, j : j + T], weight[:, j])
-        return ACTIVATIONS[self.activation](y)
+    def _convolve(self, x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        return short_conv(
+            x, self.weight[:, 0], self.bias, past=past, cu_seqlens=cu_seqlens,
+            activation=self.activation,
+        )  # fmt: skip
 
-    def _packed(self, x: Tensor, past: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """Put each sequence's past before it, convolve all at once, drop the seams."""
-        N, pad = cu_seqlens.numel() - 1, self.size - 1
-        if past is None:
-            past = x.new_zeros(N, pad, x.shape[2])
-        steps = torch.arange(x.shape[1], device=x.device)
-        which = torch.searchsorted(cu_seqlens[1:].contiguous(), steps, right=True)
-        place = steps + (which + 1) * pad
-        starts = cu_seqlens[:-1, None] + torch.arange(N, device=x.device)[:, None] * pad
-        seams = (starts + torch.arange(pad, device=x.device)).flatten()
-        rows = x.new_empty(x.shape[1] + N * pad, x.shape[2])
-        rows = rows.index_copy(0, place, x[0]).index_copy(0, seams, past.to(x.dtype).flatten(0, 1))
-        y = self._convolve(rows[None])[:, place - pad]
-        return y, rows[seams.view(N, pad) + cu_seqlens.diff()[:, None]]
+
+def last_inputs(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, count: int) -> Tensor:
+    """The last ``count`` inputs ``[N,count,D]`` of each sequence of ``x [B,T,D]``, those of its
+    ``past [N,count,D]`` (zeros where None) before them, in memory of their own."""
+    B, T, D = x.shape
+    N = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    if cu_seqlens is None and count <= T:
+        return x[:, T - count :].clone()
+    if past is None:
+        past = x.new_zeros(N, count, D)
+    if cu_seqlens is None:
+        return torch.cat([past.to(x.dtype), x], 1)[:, T:]
+    # Where a sequence is shorter, token -1 before it is the last of its past.
+    at = cu_seqlens[1:, None] + torch.arange(-count, 0, device=x.device)
+    token = at - cu_seqlens[:-1, None]
+    place = (token + count).clamp(0, count - 1).long()[..., None]
+    older = past.to(x.dtype).gather(1, place.expand(-1, -1, D))
+    if T == 0:
+        return older
+    return torch.where(token[..., None] >= 0, x[0, at.clamp(0)], older)

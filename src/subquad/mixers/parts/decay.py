@@ -21,11 +21,6 @@ def softplus_step(x: Tensor, dt_bias: Tensor) -> Tensor:
     return F.softplus(widen(x) + widen(dt_bias))
 
 
-def softplus_decay(x: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
-    """Log decay ``-exp(A_log) * softplus(x + dt_bias)``, <= 0."""
-    return -widen(A_log).exp() * softplus_step(x, dt_bias)
-
-
 def bounded_gate(r: Tensor, bound: Tensor | None) -> tuple[Tensor, Tensor]:
     """The forget gate ``f = bound + (1 - bound) sigmoid(r)`` of HGRN as ``(log f, 1 - f)``.
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.ops import checks
+from subquad.ops.layer.activation import ACTIVATIONS
 
 
 class FeatureMap(nn.Module):

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.mixers.base import Context
-from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.mixers.parts.conv import ShortConv
 from subquad.mixers.parts.decay import exempt, widen
 from subquad.mixers.parts.norm import GatedRMSNorm, l2_norm
 from subquad.ops import checks
+from subquad.ops.layer.activation import ACTIVATIONS
+from subquad.ops.layer.torch import over_windows
 from subquad.ops.memory import MemoryState, cost, memory
 
 FLOAT32_EPS = torch.finfo(torch.float32).eps  # of the library's norms
@@ -33,8 +34,11 @@ class MovingMean(ShortConv):
         checks.positive("step", size)
         self.size = size
 
-    def _convolve(self, rows: Tensor) -> Tensor:
-        return rows.unfold(1, self.size, 1).mean(-1)
+    def _convolve(self, x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        def mean(rows: Tensor) -> Tensor:
+            return rows.unfold(1, self.size, 1).mean(-1)
+
+        return over_windows(x, past, cu_seqlens, self.size, mean)
 
 
 class NeuralMemory(nn.Module):

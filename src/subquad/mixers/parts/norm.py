@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.ops import checks
+from subquad.ops.layer import ACTIVATIONS, gated_rms_norm, l2_norm
 
-
-def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """``x / sqrt(sum x^2 + eps)`` over the last axis, in float32 at least."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+__all__ = ["GatedRMSNorm", "l2_norm", "sum_norm"]
 
 
 def sum_norm(x: Tensor) -> Tensor:
@@ -56,11 +51,7 @@ class GatedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        if gate is not None:
-            gate = ACTIVATIONS[self.activation](gate)
-            if self.gate_first:
-                x, gate = x * gate, None
-        parts = x.unflatten(-1, (self.groups, -1))
-        y = F.rms_norm(parts, parts.shape[-1:], None, self.eps).flatten(-2)
-        y = y * self.weight.to(x.dtype)
-        return y if gate is None else y * gate
+        return gated_rms_norm(
+            x, gate, self.weight, eps=self.eps, activation=self.activation,
+            gate_first=self.gate_first, groups=self.groups,
+        )  # fmt: skip

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from subquad.mixers.base import Context, Mixer
-from subquad.mixers.parts.activation import ACTIVATIONS
 from subquad.mixers.parts.conv import ShortConv
 from subquad.mixers.parts.norm import GatedRMSNorm
 from subquad.ops import checks
 from subquad.ops.backend import choose
+from subquad.ops.layer.activation import ACTIVATIONS
 from subquad.ops.recurrence import BACKENDS, cost, request
 from subquad.parallel import recurrence
 
