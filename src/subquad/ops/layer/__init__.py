@@ -8,6 +8,7 @@ Legend: B batch, T tokens, D channels, N sequences, H heads, K channels of a hea
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # By name: the package's own ``torch`` module takes the name ``torch`` here once it is imported.
@@ -15,7 +16,7 @@ from torch import _C, Tensor, float32
 from torch import dtype as Dtype
 
 from subquad.ops import checks
-from subquad.ops.backend import Backend, Request, choose, without_autocast
+from subquad.ops.backend import Backend, Request, choose, signature, without_autocast
 from subquad.ops.layer.activation import ACTIVATIONS
 from subquad.ops.layer.triton.gate import verify
 
@@ -45,7 +46,10 @@ def _backends(part: str) -> tuple[Backend, ...]:
 
 PARTS = ("short_conv", "l2_norm", "gated_rms_norm", "gated", "softplus_decay")
 FORMS = {part: _backends(part) for part in PARTS}
-BACKENDS = FORMS["short_conv"]
+BACKENDS = FORMS["short_conv"]  # of them all, for explain()
+
+MOST_KNOWN = 512
+_known: dict[tuple[Any, ...], Any] = {}  # what runs a call whose arguments were right before
 
 
 def request(
@@ -72,13 +76,30 @@ def request(
     return Request(device, dtype, sizes, frozenset(traits))
 
 
-def _run(part: str, x: Tensor, backend: str | None, **sizes: int) -> Any:
-    """What runs a step."""
-    asked = request(
-        part=part, device=x.device.type, dtype=x.dtype,
-        transformed=_C._are_functorch_transforms_active(), **sizes,
-    )  # fmt: skip
-    return choose("layer", FORMS[part], asked, backend).load()
+def _implementation(
+    part: str,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+    backend: str | None,
+    check: Callable[[], Mapping[str, int]],
+) -> Any:
+    """What runs a step; ``check`` looks at the arguments and gives the request's sizes."""
+    x = tensors[0]
+    assert x is not None
+    transformed = _C._are_functorch_transforms_active()
+    known = signature(*tensors)
+    key = (part, backend, transformed, options, known)
+    run = known and _known.get(key)
+    if not run:
+        checks.same_dtype({"x": x})
+        about: dict[str, Any] = {"device": x.device.type, "dtype": x.dtype, **check()}
+        asked = request(part=part, transformed=transformed, **about)
+        run = choose("layer", FORMS[part], asked, backend).load()
+        if known:
+            if len(_known) >= MOST_KNOWN:
+                _known.clear()
+            _known[key] = run
+    return run
 
 
 def short_conv(
@@ -111,20 +132,25 @@ def short_conv(
         ValueError: for shapes, boundaries or an activation that do not fit.
     """
     activation = activation or "identity"
-    checks.one_of("activation", activation, ACTIVATIONS)
-    sizes = checks.shapes({"x": (x, "B T D"), "weight": (weight, "D size")})
-    checks.same_dtype({"x": x})
-    B, T, D, size = (sizes[name] for name in ("B", "T", "D", "size"))
-    checks.positive("size of weight", size)
-    checks.cu_seqlens(cu_seqlens, B=B, T=T)
-    if bias is not None:
-        checks.shape("bias", bias, (D,))
-    if past is not None:
-        N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        checks.shape("past", past, (N, size - 1, D))
-    run = _run("short_conv", x, backend, D=D, size=size)
+
+    def check() -> dict[str, int]:
+        checks.one_of("activation", activation, ACTIVATIONS)
+        sizes = checks.shapes({"x": (x, "B T D"), "weight": (weight, "D size")})
+        checks.positive("size of weight", sizes["size"])
+        checks.cu_seqlens(cu_seqlens, B=sizes["B"], T=sizes["T"])
+        N = sizes["B"] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if bias is not None:
+            checks.shape("bias", bias, (sizes["D"],))
+        if past is not None:
+            checks.shape("past", past, (N, sizes["size"] - 1, sizes["D"]))
+        return {"D": sizes["D"], "size": sizes["size"]}
+
+    tensors = (x, weight, bias, past, cu_seqlens)
+    run = _implementation("short_conv", tensors, (activation,), backend, check)
+    if cu_seqlens is not None:
+        checks.cu_seqlens(cu_seqlens, B=x.shape[0], T=x.shape[1])
     with without_autocast(x.device.type):
-        return run(x, weight, bias, past, cu_seqlens, activation)
+        return run(*tensors, activation)
 
 
 def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
@@ -133,8 +159,7 @@ def l2_norm(x: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tens
     Returns:
         a tensor like x. Differentiable, once by the kernels.
     """
-    checks.same_dtype({"x": x})
-    run = _run("l2_norm", x, backend, D=x.shape[-1])
+    run = _implementation("l2_norm", (x,), (), backend, lambda: {"D": x.shape[-1]})
     with without_autocast(x.device.type):
         return run(x, eps)
 
@@ -165,14 +190,18 @@ def gated_rms_norm(
     Raises:
         ValueError: for shapes, groups or an activation that do not fit.
     """
-    checks.one_of("activation", activation, ACTIVATIONS)
-    checks.same_dtype({"x": x})
-    D = x.shape[-1]
-    checks.shape("weight", weight, (D,))
-    checks.divides("groups", groups, "width", D)
-    if gate is not None:
-        checks.shape("gate", gate, tuple(x.shape))
-    run = _run("gated_rms_norm", x, backend, D=D, groups=groups)
+
+    def check() -> dict[str, int]:
+        checks.one_of("activation", activation, ACTIVATIONS)
+        D = x.shape[-1]
+        checks.shape("weight", weight, (D,))
+        checks.divides("groups", groups, "width", D)
+        if gate is not None:
+            checks.shape("gate", gate, tuple(x.shape))
+        return {"D": D, "groups": groups}
+
+    tensors, options = (x, gate, weight), (activation, groups)
+    run = _implementation("gated_rms_norm", tensors, options, backend, check)
     with without_autocast(x.device.type):
         return run(x, gate, weight, eps, activation, gate_first, groups)
 
@@ -189,10 +218,13 @@ def gated(
     Raises:
         ValueError: for shapes or an activation that do not fit.
     """
-    checks.one_of("activation", activation, ACTIVATIONS)
-    checks.same_dtype({"x": x})
-    checks.shape("gate", gate, tuple(x.shape))
-    run = _run("gated", x, backend, D=x.shape[-1])
+
+    def check() -> dict[str, int]:
+        checks.one_of("activation", activation, ACTIVATIONS)
+        checks.shape("gate", gate, tuple(x.shape))
+        return {"D": x.shape[-1]}
+
+    run = _implementation("gated", (x, gate), (activation,), backend, check)
     with without_autocast(x.device.type):
         return run(x, gate, activation)
 
@@ -213,10 +245,13 @@ def softplus_decay(
     Raises:
         ValueError: for shapes that do not fit.
     """
-    axes = dt_bias.dim()
-    checks.shape("dt_bias", dt_bias, tuple(x.shape[x.dim() - axes :]))
-    checks.shape("A_log", A_log, (*dt_bias.shape[:1], *(1,) * (axes - 1)))
-    checks.same_dtype({"x": x})
-    run = _run("softplus_decay", x, backend, D=dt_bias.numel())
+
+    def check() -> dict[str, int]:
+        axes = dt_bias.dim()
+        checks.shape("dt_bias", dt_bias, tuple(x.shape[x.dim() - axes :]))
+        checks.shape("A_log", A_log, (*dt_bias.shape[:1], *(1,) * (axes - 1)))
+        return {"D": dt_bias.numel()}
+
+    run = _implementation("softplus_decay", (x, A_log, dt_bias), (), backend, check)
     with without_autocast(x.device.type):
         return run(x, A_log, dt_bias)
