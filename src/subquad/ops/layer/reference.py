@@ -28,10 +28,10 @@ def short_conv(
     for n, text in enumerate(texts):
         before = text.new_zeros(size - 1, x.shape[2]) if past is None else past[n].to(x.dtype)
         rows = torch.cat([before, text])
-        windows = [rows[t : t + size] for t in range(len(text))]
-        z = [(window * weight.T).sum(0) for window in windows]
-        y = torch.stack(z) if z else torch.empty_like(text)
-        out.append(ACTIVATIONS[activation](y if bias is None else y + bias))
+        z = text.new_empty(0, x.shape[2])
+        for t in range(len(text)):
+            z = torch.cat([z, (rows[t : t + size] * weight.T).sum(0, keepdim=True)])
+        out.append(ACTIVATIONS[activation](z if bias is None else z + bias))
     return torch.stack(out) if cu_seqlens is None else torch.cat(out)[None]
 
 
