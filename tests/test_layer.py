@@ -115,7 +115,7 @@ def test_operations_are_well_formed():
         torch.library.opcheck(op.overload, given)
 
 
-@pytest.mark.parametrize("case", CASES, ids=_name)
+@pytest.mark.parametrize("case", [c for c in CASES if 0 not in c.shape], ids=_name)
 def test_torch_form_equals_the_definition(case):
     torch.manual_seed(0)
     inputs = [
@@ -147,10 +147,8 @@ def test_torch_form_has_both_derivatives(case):
     learned = [t for t in inputs if t is not None and t.requires_grad]
 
     def step(*leaves):
-        given = iter(leaves)
-        return case.step()(
-            *[next(given) if t is not None and t.requires_grad else t for t in inputs]
-        )
+        given = {id(t): leaf for t, leaf in zip(learned, leaves, strict=True)}
+        return case.step()(*[given.get(id(t), t) for t in inputs])
 
     assert gradcheck(step, learned)
     assert torch.autograd.gradgradcheck(step, learned)

@@ -55,6 +55,11 @@ class Case:
             return made[..., : shape[-1]].requires_grad_()
 
         D = self.shape[-1]
+        if self.part == "softplus_decay":  # of 3 axes one number a head, of 4 one a channel
+            axes = self.shape[2:]
+            heads = (axes[0], *(1,) * (len(axes) - 1))
+            x = new(*self.shape, scale=4, shift=-3)
+            return [x, new(*heads, wide=True), new(*axes, wide=True)]
         x = new(*self.shape)
         if self.part == "short_conv":
             N = len(self.packed) or self.shape[0]
@@ -67,14 +72,6 @@ class Case:
             return [x, new(*self.shape) if self.gate else None, new(D)]
         if self.part == "gated":
             return [x, new(*self.shape)]
-        if self.part == "softplus_decay":  # of 3 axes one number a head, of 4 one a channel
-            axes = self.shape[2:]
-            heads = (axes[0], *(1,) * (len(axes) - 1))
-            return [
-                new(*self.shape, scale=4, shift=-3),
-                new(*heads, wide=True),
-                new(*axes, wide=True),
-            ]
         return [x]
 
     def step(self, backend: str | None = None) -> Step:
