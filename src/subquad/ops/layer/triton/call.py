@@ -1,30 +1,67 @@
-"""What the operations' launches share."""
+"""What the operations share: what a call launched once is repeated (:mod:`subquad.ops.tape`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from subquad.ops import kernel
 
+MOST_KNOWN = 512
+_known: dict[Hashable, Any] = {}
 
-def compiled(kind: tuple[Hashable, ...], run: Callable[[], object]) -> None:
-    """See that the kernels of a call of this kind are compiled, those of its backward pass too."""
-    if not kernel.met(kind):
-        kernel.rehearse(run)
+
+def call(
+    run: Callable[..., Any],
+    options: tuple[Any, ...],
+    inputs: Sequence[Tensor | None],
+    backward: Callable[..., object] | None = None,
+) -> Any:
+    """``run(*options, *inputs)``, which only allocates by :func:`~subquad.ops.tape.empty` and
+    launches; before the first call of a kind its kernels are compiled, and those of ``backward``,
+    which is given the output.
+
+    The first input is given, and all are :func:`straight`.
+    """
+    x = inputs[0]
+    assert x is not None
+    forms = [None if t is None else (t.shape, t.stride(), t.dtype) for t in inputs]
+    key = (run, options, x.device, *forms)
+    with kernel.on_device(x):
+        if key not in _known:
+            if len(_known) >= MOST_KNOWN:
+                _known.clear()
+            kind = [f and (f[2], f[0][-1]) for f in forms]
+            if not kernel.met((run, options, backward is None, x.device, *kind)):
+
+                def rehearsal() -> None:
+                    y = run(*options, *inputs)
+                    if backward is not None:
+                        backward(y)
+
+                kernel.rehearse(rehearsal)
+        return kernel.repeated(_known, key, partial(run, *options), *inputs)
+
+
+def straight(t: Tensor | None) -> Any:
+    """t, or a copy, that starts at a multiple of 16 bytes and whose last axis has no gaps."""
+    if t is None or (t.stride(-1) == 1 and not t.data_ptr() % 16):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def rows(t: Tensor | None, width: int) -> Any:
+    """``[n,width]``, :func:`straight`."""
+    return t if t is None else straight(t.reshape(math.prod(t.shape) // max(width, 1), width))
 
 
 def trains(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
-
-
-def rows(t: Tensor, width: int) -> Tensor:
-    """``[n,width]``, each row without gaps."""
-    flat = t.reshape(math.prod(t.shape) // width, width)
-    return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def together(*tensors: Tensor | None) -> torch.dtype:
@@ -35,7 +72,7 @@ def together(*tensors: Tensor | None) -> torch.dtype:
     return first
 
 
-def alike(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Tensors of the same shapes and dtypes, empty ones for None: fakes of gradients."""
+def filled(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors, an empty one for each that is not there: an operation returns no None."""
     one = next(t for t in tensors if t is not None)
-    return tuple(one.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
+    return tuple([one.new_empty(0) if t is None else t for t in tensors])

@@ -79,6 +79,16 @@ def _before(X, PAST, n, first, start, d, D, sxt, SIZE: tl.constexpr):
     return rows
 
 
+@triton.jit
+def _ask(X, t, stop, step, d, D, R: tl.constexpr):
+    """Rows t to t + R of X, as they are, zeros from stop on."""
+    rows = ()
+    for r in tl.static_range(R):
+        there = _there(d, D, t + r < stop)
+        rows = rows + (tl.load(X + (t + r) * step + d, mask=there, other=0.0),)
+    return rows
+
+
 @partial(Kernel, sizes=SIZES)
 def conv_forward(
     X, WEIGHT, BIAS, PAST, CU, Y, T, L, N, chunks, blocks, D, sxb, sxt,
@@ -93,11 +103,12 @@ def conv_forward(
         Y += tl.cast(n, tl.int64) * T * D
     window = _before(X, PAST, n, first, start, d, D, sxt, SIZE)
     stop = tl.minimum(start + L, end)
+    ahead = _ask(X, start, stop, sxt, d, D, R)
     for t in range(start, stop, R):
         rows = window
         for r in tl.static_range(R):
-            x = tl.load(X + (t + r) * sxt + d, mask=_there(d, D, t + r < stop), other=0.0)
-            rows = rows + (x.to(tl.float32),)
+            rows = rows + (ahead[r].to(tl.float32),)
+        ahead = _ask(X, t + R, stop, sxt, d, D, R)
         for r in tl.static_range(R):
             z = b
             for j in tl.static_range(SIZE):
@@ -109,10 +120,11 @@ def conv_forward(
 
 @partial(Kernel, sizes=SIZES, length=2)
 def conv_backward(
-    DY, X, WEIGHT, BIAS, PAST, CU, DX, DPAST, PARTS, T, L, N, chunks, blocks, D, sxb, sxt, syb, syt,
+    DY, X, WEIGHT, BIAS, PAST, CU, DX, DPAST, DW, DB,
+    T, L, N, chunks, blocks, D, sxb, sxt, syb, syt,
     SIZE: tl.constexpr, ACT: tl.constexpr, BD: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """PARTS ``[programs,SIZE or SIZE + 1,D]``: what each chunk adds to dw, and to db."""
+    """DW ``[chunks,D,SIZE]`` and DB ``[chunks,D]``: what each chunk adds to the gradients."""
     c = tl.program_id(0) // blocks
     n, first, end, start = _chunk(c, CU, T, L, N, chunks)
     d, w, b = _parameters(tl.program_id(0) % blocks, WEIGHT, BIAS, D, SIZE, BD)
@@ -130,18 +142,17 @@ def conv_backward(
         after = after + (zero,)
     for _ in tl.static_range(SIZE):
         dw = dw + (zero,)
+    ahead, given = _ask(X, start, seen, sxt, d, D, R), _ask(DY, start, seen, syt, d, D, R)
     for t in range(start, stop + SIZE - 1, R):
-        rows, grads, given = window, after, ()
+        rows, grads, dy = window, after, given
         for r in tl.static_range(R):
-            there = _there(d, D, t + r < seen)
-            x = tl.load(X + (t + r) * sxt + d, mask=there, other=0.0)
-            rows = rows + (x.to(tl.float32),)
-            given = given + (tl.load(DY + (t + r) * syt + d, mask=there, other=0.0),)
+            rows = rows + (ahead[r].to(tl.float32),)
+        ahead, given = _ask(X, t + R, seen, sxt, d, D, R), _ask(DY, t + R, seen, syt, d, D, R)
         for r in tl.static_range(R):
             z = b
             for j in tl.static_range(SIZE):
                 z += w[j] * rows[r + j]
-            dz = given[r].to(tl.float32) * with_slope(z, ACT)[1]
+            dz = dy[r].to(tl.float32) * with_slope(z, ACT)[1]
             grads = grads + (dz,)
             own = tl.where(t + r < stop, dz, 0.0)
             more = ()
@@ -160,9 +171,8 @@ def conv_backward(
                 mine = _there(d, D, (start == first) & (s < first))
                 tl.store(DPAST + at * D + d, dx.to(DPAST.dtype.element_ty), mask=mine)
         window, after = rows[R:], grads[R:]
-    HEIGHT: tl.constexpr = SIZE if BIAS is None else SIZE + 1
-    PARTS += tl.cast(c, tl.int64) * HEIGHT * D
+    DW += (tl.cast(c, tl.int64) * D + d) * SIZE
     for j in tl.static_range(SIZE):
-        tl.store(PARTS + j * D + d, dw[j], mask=d < D)
-    if BIAS is not None:
-        tl.store(PARTS + SIZE * D + d, db, mask=d < D)
+        tl.store(DW + j, dw[j], mask=d < D)
+    if DB is not None:
+        tl.store(DB + tl.cast(c, tl.int64) * D + d, db, mask=d < D)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor, float32
+from functools import partial
+
+import torch
+from torch import Tensor
 
 from subquad.ops import kernel
-from subquad.ops.layer.triton.call import alike, compiled, trains
+from subquad.ops.layer.triton.call import call, filled, straight, trains
 from subquad.ops.layer.triton.conv import conv_backward, conv_forward
+from subquad.ops.layer.triton.sums import total
 from subquad.ops.operation import operation
 from subquad.ops.recurrence.triton.configs import processors
 from subquad.ops.sizes import cdiv, next_power_of_2
+from subquad.ops.tape import empty
 
 CHANNELS, EACH = 256, 4  # of a program, and of a thread
 ROWS = 4  # that it asks for at once
@@ -17,13 +22,13 @@ FILL = 16  # programs a multiprocessor, where there are as many chunks
 SHORTEST, LONGEST = 16, 128  # tokens of a chunk
 
 
-def _conv_launch(run: kernel.Kernel, x, cu, tensors, strides, size: int, activation: str) -> None:
+def _launch(run: kernel.Kernel, x, cu, tensors, strides, size: int, activation: str) -> None:
     B, T, D = x.shape
     BD = min(CHANNELS, next_power_of_2(D))
     L, blocks = _chunk(x), cdiv(D, BD)
     N = B if cu is None else cu.shape[0] - 1
     run.launch(
-        (_programs(x, cu) * blocks,), tensors, T, L, N, cdiv(T, L), blocks, D, *strides,
+        (_chunks(x, cu) * blocks,), tensors, T, L, N, cdiv(T, L), blocks, D, *strides,
         SIZE=size, ACT=activation, BD=BD, R=ROWS, num_warps=max(1, BD // (32 * EACH)),
     )  # fmt: skip
 
@@ -34,16 +39,12 @@ def _chunk(x: Tensor) -> int:
     return min(max(each // ROWS * ROWS, SHORTEST), LONGEST)
 
 
-def _programs(x: Tensor, cu: Tensor | None) -> int:
+def _chunks(x: Tensor, cu: Tensor | None) -> int:
     """Chunks, those included that packed sequences leave empty."""
     L = _chunk(x)
     if cu is None:
         return x.shape[0] * cdiv(x.shape[1], L)
     return x.shape[1] // L + cu.shape[0] - 1
-
-
-def _channels_last(t: Tensor) -> Tensor:
-    return t if t.stride(2) == 1 else t.contiguous()
 
 
 @operation("short_conv")
@@ -55,33 +56,24 @@ def short_conv(
     cu_seqlens: Tensor | None,
     activation: str,
 ) -> Tensor:
-    inputs = (x, weight, bias, past, cu_seqlens, activation)
+    if not x.numel():
+        return x.new_empty(x.shape)
+    inputs = _straight(x, weight, bias, past, cu_seqlens)
     learns = trains(x, weight, bias, past)
-    given = [t is not None for t in (bias, past, cu_seqlens)]
-    kind = ("short_conv", x.dtype, weight.shape[1], activation, *given, learns, x.device)
-
-    def rehearsal() -> None:
-        y = _conv_run(*inputs)
-        if learns:
-            _conv_back(y, *inputs)
-
-    with kernel.on_device(x):
-        compiled(kind, rehearsal)
-        return _conv_run(*inputs)
+    back = partial(_backward_of, inputs, activation) if learns else None
+    return call(_forward, (activation,), inputs, back)[0]
 
 
-def _conv_run(x, weight, bias, past, cu, activation) -> Tensor:
-    x = _channels_last(x)
-    y = x.new_empty(x.shape)
-    if y.numel():
-        tensors = (x, weight.contiguous(), bias, _contiguous(past), _contiguous(cu), y)
-        strides = x.stride()[:2]
-        _conv_launch(conv_forward, x, cu, tensors, strides, weight.shape[1], activation)
-    return y
+def _straight(x, weight, bias, past, cu) -> list[Tensor | None]:
+    others = [t if t is None else t.contiguous() for t in (weight, bias, past, cu)]
+    return [straight(x), *map(straight, others)]
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
+def _forward(activation, x, weight, bias, past, cu) -> tuple[Tensor]:
+    y = empty(x, *x.shape)
+    tensors = (x, weight, bias, past, cu, y)
+    _launch(conv_forward, x, cu, tensors, x.stride()[:2], weight.shape[1], activation)
+    return (y,)
 
 
 @short_conv.fake
@@ -90,7 +82,7 @@ def _(x, weight, bias, past, cu_seqlens, activation):
 
 
 @operation("short_conv_backward")
-def _conv_backward(
+def _short_conv_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -99,46 +91,48 @@ def _conv_backward(
     cu_seqlens: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with kernel.on_device(x):
-        return _conv_back(dy, x, weight, bias, past, cu_seqlens, activation)
+    """Gradients of x, weight, bias and past."""
+    if not x.numel():
+        given = (x, weight, bias, past)
+        return filled(*(t if t is None else t.new_zeros(t.shape) for t in given))
+    inputs = (straight(dy), *_straight(x, weight, bias, past, cu_seqlens))
+    return filled(*call(_backward, (activation,), inputs))
 
 
-def _conv_back(dy, x, weight, bias, past, cu, activation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, dy = _channels_last(x), _channels_last(dy)
+def _backward_of(inputs, activation, y) -> None:
+    _backward(activation, y[0], *inputs)
+
+
+def _backward(activation, dy, x, weight, bias, past, cu) -> tuple[Tensor | None, ...]:
     D, size = weight.shape
-    height = size if bias is None else size + 1
-    dx = x.new_empty(x.shape)
-    none = x.new_empty(0)
-    dpast = None if past is None else past.new_zeros(past.shape)
-    parts = x.new_zeros(1, height, D, dtype=float32)
-    if dx.numel():
-        parts = x.new_empty(_programs(x, cu), height, D, dtype=float32)
-        tensors = (
-            dy, x, weight.contiguous(), bias, _contiguous(past), _contiguous(cu), dx, dpast, parts
-        )  # fmt: skip
-        strides = *x.stride()[:2], *dy.stride()[:2]
-        _conv_launch(conv_backward, x, cu, tensors, strides, size, activation)
-    total = parts.sum(0)
-    dw = total[:size].t().contiguous().to(weight.dtype)
-    db = none if bias is None else total[size].to(bias.dtype)
-    return dx, dw, db, none if dpast is None else dpast
+    dx = empty(x, *x.shape)
+    dpast = None if past is None else empty(past, *past.shape)
+    chunks = _chunks(x, cu)
+    dw = empty(x, chunks, D, size, dtype=torch.float32)
+    db = None if bias is None else empty(x, chunks, D, dtype=torch.float32)
+    tensors = (dy, x, weight, bias, past, cu, dx, dpast, dw, db)
+    strides = *x.stride()[:2], *dy.stride()[:2]
+    _launch(conv_backward, x, cu, tensors, strides, size, activation)
+    dweight = total(dw, empty(weight, D, size))
+    dbias = None if db is None else total(db, empty(bias, D))
+    return dx, dweight, dbias, dpast
 
 
-@_conv_backward.fake
+@_short_conv_backward.fake
 def _(dy, x, weight, bias, past, cu_seqlens, activation):
-    return alike(x, weight, bias, past)
+    return filled(*(t if t is None else t.new_empty(t.shape) for t in (x, weight, bias, past)))
 
 
-def _save_conv(ctx, inputs, output) -> None:
+def _save(ctx, inputs, output) -> None:
     *tensors, ctx.activation = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _derive_conv(ctx, dy):
-    x, weight, bias, past, cu = ctx.saved_tensors
-    dx, dw, db, dpast = _conv_backward(dy, x, weight, bias, past, cu, ctx.activation)
-    return dx, dw, None if bias is None else db, None if past is None else dpast, None, None
+def _derive(ctx, dy):
+    tensors = ctx.saved_tensors
+    grads = _short_conv_backward(dy, *tensors, ctx.activation)
+    return *[None if t is None else g for t, g in zip(tensors, grads, strict=False)], None, None
 
 
-short_conv.differentiable(_derive_conv, _save_conv)
-_conv_backward.without_derivative()
+short_conv.differentiable(_derive, _save)
+_short_conv_backward.without_derivative()

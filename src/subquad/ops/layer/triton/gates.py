@@ -51,10 +51,10 @@ def decay_forward(X, A_LOG, DT_BIAS, Y, tokens, D, K, sx, BR: tl.constexpr, BD: 
 
 @partial(Kernel, sizes=["tokens"])
 def decay_backward(
-    DY, X, A_LOG, DT_BIAS, DX, PARTS, tokens, D, K, sy, sx, BR: tl.constexpr, BD: tl.constexpr
+    DY, X, A_LOG, DT_BIAS, DX, DA, DB, tokens, D, K, sy, sx, BR: tl.constexpr, BD: tl.constexpr
 ):
-    """PARTS ``[programs,2,D]``: what the tiles of each program add to dA_log, before the sum over a
-    head's channels, and to ddt_bias."""
+    """DA, DB ``[programs,D]``: what the tiles of each program add to the gradients of A_log, before
+    the sum over a head's channels, and of dt_bias."""
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     a = tl.exp(tl.load(A_LOG + d // K, mask=d < D, other=0.0).to(tl.float32))
     bias = tl.load(DT_BIAS + d, mask=d < D, other=0.0).to(tl.float32)
@@ -72,6 +72,6 @@ def decay_backward(
         dx = dy * slope
         db += dx
         tl.store(DX + at * D + d[None, :], dx.to(DX.dtype.element_ty), mask=on)
-    PARTS += tl.program_id(0).to(tl.int64) * 2 * D
-    tl.store(PARTS + d, tl.sum(da, 0), mask=d < D)
-    tl.store(PARTS + D + d, tl.sum(db, 0), mask=d < D)
+    at = tl.program_id(0).to(tl.int64) * D + d
+    tl.store(DA + at, tl.sum(da, 0), mask=d < D)
+    tl.store(DB + at, tl.sum(db, 0), mask=d < D)
