@@ -6,11 +6,17 @@ import triton.language as tl
 
 
 @triton.jit
+def _sigmoid(z):
+    """exp2() is one instruction, exp(), which minds the smallest numbers, four."""
+    return 1 / (1 + tl.exp2(z * -1.4426950408889634))
+
+
+@triton.jit
 def activate(z, NAME: tl.constexpr):
     if NAME == "silu":
-        return z * tl.sigmoid(z)
+        return z * _sigmoid(z)
     elif NAME == "sigmoid":
-        return tl.sigmoid(z)
+        return _sigmoid(z)
     elif NAME == "relu":
         return tl.maximum(z, 0.0)
     elif NAME == "elu":
@@ -23,10 +29,10 @@ def activate(z, NAME: tl.constexpr):
 def with_slope(z, NAME: tl.constexpr):
     """The activation of z and its derivative there."""
     if NAME == "silu":
-        s = tl.sigmoid(z)
+        s = _sigmoid(z)
         return z * s, s * (1 + z * (1 - s))
     elif NAME == "sigmoid":
-        s = tl.sigmoid(z)
+        s = _sigmoid(z)
         return s, s * (1 - s)
     elif NAME == "relu":
         return tl.maximum(z, 0.0), tl.where(z > 0, 1.0, 0.0)
