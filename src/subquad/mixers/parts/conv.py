@@ -80,7 +80,7 @@ def last_inputs(x: Tensor, past: Tensor | None, cu_seqlens: Tensor | None, count
     if past is None:
         past = x.new_zeros(N, count, D)
     if cu_seqlens is None:
-        return torch.cat([past.to(x.dtype), x], 1)[:, T:]
+        return torch.cat([past[:, T:].to(x.dtype), x], 1)
     # Where a sequence is shorter, token -1 before it is the last of its past.
     at = cu_seqlens[1:, None] + torch.arange(-count, 0, device=x.device)
     token = at - cu_seqlens[:-1, None]
