@@ -34,6 +34,8 @@ CASES = [
     Case("gated", (1,), activation="elu"),
     Case("softplus_decay", (2, 31, 6)),
     Case("softplus_decay", (2, 31, 3, 20)),
+    Case("token_losses", (7, 50)),
+    Case("token_losses", (3, 5000), gaps=True),
 ]
 
 
@@ -69,6 +71,7 @@ def test_kernels_in_half_precision(dtype):
         Case("l2_norm", (7, 20), dtype),
         Case("gated_rms_norm", (7, 24), dtype),
         Case("softplus_decay", (1, 9, 3, 20), dtype),
+        Case("token_losses", (9, 70), dtype),
     ):
         found = errors(case, "cpu")
         assert max(found.values()) <= LIMITS[dtype], (case, found)
@@ -135,6 +138,7 @@ def test_torch_form_equals_the_definition(case):
         Case("gated_rms_norm", (2, 3, 4), groups=2),
         Case("gated", (2, 3)),
         Case("softplus_decay", (1, 3, 2, 2)),
+        Case("token_losses", (4, 5)),
     ],
     ids=_name,
 )
@@ -154,7 +158,7 @@ def test_torch_form_has_both_derivatives(case):
     assert torch.autograd.gradgradcheck(step, learned)
 
 
-@pytest.mark.parametrize("case", CASES[:1] + CASES[3:4] + CASES[10:11] + CASES[13:17:2], ids=_name)
+@pytest.mark.parametrize("case", CASES[:1] + CASES[3:4] + CASES[10:11] + CASES[13:18:2], ids=_name)
 def test_compiles_to_one_graph(case):
     inputs = case.draw("cpu")
     want = run(case.step(), inputs)

@@ -37,6 +37,8 @@ def _cases():
         yield Case("gated_rms_norm", (3, 50, 96), dtype, gate_first=True, groups=4)
         yield Case("gated", (2, 333, 2816), dtype)
         yield Case("gated", (3, 33), dtype, activation="sigmoid")
+        for shape in ((300, 32000), (3, 50257), (1, 5)):
+            yield Case("token_losses", shape, dtype)
         for shape in ((2, 1333, 6), (2, 1333, 8, 128), (3, 7, 3, 20)):
             yield Case("softplus_decay", shape, dtype)
 

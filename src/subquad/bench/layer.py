@@ -72,6 +72,9 @@ class Case:
             return [x, new(*self.shape) if self.gate else None, new(D)]
         if self.part == "gated":
             return [x, new(*self.shape)]
+        if self.part == "token_losses":
+            labels = torch.randint(D, self.shape[:1], device=device)
+            return [x, labels.where(labels % 5 != 0, -100)]
         return [x]
 
     def step(self, backend: str | None = None) -> Step:

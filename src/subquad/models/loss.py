@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from subquad import parallel
+from subquad.ops.layer import token_losses
 
 IGNORED = -100
 # Logits that exist at once in float32: 64 MiB.
@@ -67,8 +68,7 @@ def cross_entropy(
 
     def total(x: Tensor, labels: Tensor) -> Tensor:
         logits = x if head is None else head(x)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), labels, reduction="sum", ignore_index=IGNORED)
+        return token_losses(logits, labels, ignored=IGNORED).sum()
 
     rows = max(1, CHUNK_ELEMENTS // vocab_size)
     flat, targets = x.flatten(0, 1), labels.flatten().to(x.device)

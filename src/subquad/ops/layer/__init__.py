@@ -1,4 +1,4 @@
-"""The short steps of a layer between its products: convolution, norms, gates.
+"""The short steps between a model's products: convolution, norms, gates, and the loss.
 
 Each takes longer to read and to write than to compute, so that on a GPU each is one kernel, and so
 is its backward pass, which computes again what it needs: nothing is saved but the arguments.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 # By name: the package's own ``torch`` module takes the name ``torch`` here once it is imported.
-from torch import _C, Tensor, float32
+from torch import _C, Tensor, float32, int64
 from torch import dtype as Dtype
 
 from subquad.ops import checks
@@ -29,6 +29,7 @@ __all__ = [
     "request",
     "short_conv",
     "softplus_decay",
+    "token_losses",
 ]
 
 
@@ -44,7 +45,7 @@ def _backends(part: str) -> tuple[Backend, ...]:
     )
 
 
-PARTS = ("short_conv", "l2_norm", "gated_rms_norm", "gated", "softplus_decay")
+PARTS = ("short_conv", "l2_norm", "gated_rms_norm", "gated", "softplus_decay", "token_losses")
 FORMS = {part: _backends(part) for part in PARTS}
 BACKENDS = FORMS["short_conv"]  # of them all, for explain()
 
@@ -255,3 +256,31 @@ def softplus_decay(
     run = _implementation("softplus_decay", (x, A_log, dt_bias), (), backend, check)
     with without_autocast(x.device.type):
         return run(x, A_log, dt_bias)
+
+
+def token_losses(
+    logits: Tensor, labels: Tensor, *, ignored: int = -100, backend: str | None = None
+) -> Tensor:
+    """The cross-entropy of every row, ``logsumexp(logits) - logits[label]``.
+
+    Args:
+        logits: ``[n,V]``; labels: int64 ``[n]``.
+        ignored: a label whose row counts 0.
+        backend: run this implementation; None lets the verifiers choose.
+
+    Returns:
+        ``[n]``, at least float32. Differentiable in the logits, once by the kernels.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit.
+    """
+
+    def check() -> dict[str, int]:
+        checks.shapes({"logits": (logits, "n V"), "labels": (labels, "n")})
+        if labels.dtype != int64:
+            raise ValueError(f"labels must be int64, got {labels.dtype}")
+        return {"D": logits.shape[1]}
+
+    run = _implementation("token_losses", (logits, labels), (), backend, check)
+    with without_autocast(logits.device.type):
+        return run(logits, labels, ignored)

@@ -66,3 +66,10 @@ def gated(x: Tensor, gate: Tensor, activation: str) -> Tensor:
 def softplus_decay(x: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
     """``-exp(A_log) log(1 + exp(x + dt_bias))``."""
     return -A_log.exp() * torch.logaddexp(x + dt_bias, torch.zeros_like(x))
+
+
+def token_losses(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    """``log sum_j exp(x_j) - x_label``, 0 for a label that is ignored."""
+    there = labels != ignored
+    picked = logits.gather(1, labels.where(there, 0)[:, None])[:, 0]
+    return (logits.exp().sum(1).log() - picked) * there

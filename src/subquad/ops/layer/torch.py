@@ -101,3 +101,7 @@ def softplus_decay(x: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
 
 def _wide(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def token_losses(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    return F.cross_entropy(_wide(logits), labels, reduction="none", ignore_index=ignored)

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from subquad.ops.layer.triton.conv_op import short_conv
 from subquad.ops.layer.triton.gate_op import gated, softplus_decay
+from subquad.ops.layer.triton.loss_op import token_losses
 from subquad.ops.layer.triton.norm_op import norm
 
-__all__ = ["gated", "gated_rms_norm", "l2_norm", "short_conv", "softplus_decay"]
+__all__ = ["gated", "gated_rms_norm", "l2_norm", "short_conv", "softplus_decay", "token_losses"]
 
 
 def l2_norm(x: Tensor, eps: float) -> Tensor:
