@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import subquad
 from subquad import mask
 from subquad.bench import kernel_attention, recurrence
 from subquad.bench.results import machine, write_json
@@ -75,6 +76,12 @@ def _probe() -> Call:
     return lambda **x: probed(**x, backend="triton"), inputs
 
 
+def _layer(key: str, **options: int) -> Call:
+    mixer = subquad.create_mixer(key, dim=1024, **options).to("cuda", torch.bfloat16)
+    x = torch.randn(2, 4096, 1024, device="cuda", dtype=torch.bfloat16)
+    return lambda x: mixer(x)[0], {"x": x}
+
+
 ROWS: dict[str, Callable[[], Call]] = {
     **{name: lambda name=name: _form(name) for name in FORMS},
     "gated delta rule, split": lambda: _form("gated delta rule", B=1, T=32768),
@@ -82,6 +89,8 @@ ROWS: dict[str, Callable[[], Call]] = {
     "window attention": _window,
     "mixed attention": _mixed,
     "probe": _probe,
+    "Gated DeltaNet, a layer": lambda: _layer("gated_deltanet", heads=6, head_dim=128),
+    "Kimi Delta Attention, a layer": lambda: _layer("kimi_linear", heads=8, head_dim=128),
 }
 
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ CASES = {
     "norm of 1,024": Case("gated_rms_norm", (*TOKENS, 1024), BF16, gate=False),
     "gated product of 2,752": Case("gated", (*TOKENS, 2752), BF16),
     "decay, 8 heads of 128": Case("softplus_decay", (*TOKENS, 8, 128), BF16),
+    "loss, 524 rows of 32,000": Case("token_losses", (524, 32000), BF16),
 }
 FORMS = ("kernels", "torch", "compiled")
 REPEATS = 10
@@ -45,8 +48,9 @@ REPEATS = 10
 
 def bytes_of(case: Case, backward: bool) -> int:
     """What a step must move, its parameters left out."""
-    tokens, *rest = TOKENS[0] * TOKENS[1], *case.shape[2:]
-    D = rest[0] * (rest[1] if len(rest) > 1 else 1)
+    tokens, D = TOKENS[0] * TOKENS[1], math.prod(case.shape[2:])
+    if case.part == "token_losses":
+        return math.prod(case.shape) * case.dtype.itemsize * (1 + backward)
     if case.part == "softplus_decay":  # float32 comes out, and its gradient in
         return tokens * D * (2 + 4 + 2 * backward)
     if case.part == "short_conv":
@@ -134,7 +138,7 @@ def main() -> None:
     asked = parser.parse_args()
     data: dict[str, Any] = {"made": machine(), "errors": {}, "steps": {}, "models": {}}
     for name, case in CASES.items():
-        small = Case(**{**vars(case), "shape": (2, 333, *case.shape[2:])})
+        small = replace(case, shape=(2, 333, *case.shape[2:]))
         data["errors"][name] = found = errors(small, "cuda")
         if not max(found.values()) <= LIMITS[case.dtype]:
             raise SystemExit(f"{name}: errors {found} are above {LIMITS[case.dtype]}")
