@@ -12,8 +12,7 @@ from torch import Tensor
 
 from subquad.ops import kernel
 
-MOST_KNOWN = 512
-_known: dict[Hashable, Any] = {}
+_known: dict[Hashable, dict[Hashable, Any]] = {}  # of each kind of call
 
 
 def call(
@@ -31,11 +30,9 @@ def call(
     x = inputs[0]
     assert x is not None
     forms = [None if t is None else (t.shape, t.stride(), t.dtype) for t in inputs]
-    key = (run, options, x.device, *forms)
+    known, key = _known.setdefault((run, options, x.device), {}), tuple(forms)
     with kernel.on_device(x):
-        if key not in _known:
-            if len(_known) >= MOST_KNOWN:
-                _known.clear()
+        if key not in known:
             kind = [f and (f[2], f[0][-1]) for f in forms]
             if not kernel.met((run, options, backward is None, x.device, *kind)):
 
@@ -45,7 +42,7 @@ def call(
                         backward(y)
 
                 kernel.rehearse(rehearsal)
-        return kernel.repeated(_known, key, partial(run, *options), *inputs)
+        return kernel.repeated(known, key, partial(run, *options), *inputs)
 
 
 def straight(t: Tensor | None) -> Any:
