@@ -175,7 +175,7 @@ class Plan:
 
     @property
     def scan_keep(self) -> configs.Config:
-        """Of the pass that keeps what the gradients need; it has no outputs."""
+        """Of passes without outputs: that which keeps what the gradients need, a segment's own."""
         return self.config("scan_keep") or self.scan
 
     def switches(self, **more) -> dict:
