@@ -43,7 +43,8 @@ def _cases():
     yield Case("channel", True, dtype=BF16, strong=True)
     yield Case("channel", False, dtype=F32, strong=True)
     yield Case("channel", True, dtype=F16, strong=True, K=128, V=128)
-    yield Case("channel", True, dtype=F32, K=256, V=256)
+    for decay, delta in FORMS:
+        yield Case(decay, delta, T=2100, H=1, dtype=F32, K=256, V=256, state=True)
     yield Case("none", True, T=4200, H=1, dtype=BF16, K=256, V=256, state=True)
     yield Case("head", True, dtype=BF16, K=256, V=64)
     yield Case("head", True, dtype=BF16, K=64, V=256)

@@ -140,6 +140,8 @@ def safe(kernel: str, *, K: int, V: int, itemsize: int) -> Config:
     if kernel == "prepare":
         return {"BK": min(k, 64), "num_warps": 4 if itemsize == 2 else 8, "num_stages": 1}
     if kernel in ("scan", "scan_back", "outputs"):
+        if itemsize == 4 and k > 128:  # more values, and ptxas spills 20 kB a thread
+            return {"BK": 128, "BV": min(v, 16), "num_warps": 8, "num_stages": 1}
         BV = min(v, 32 if small else 64)
         return {"BV": BV, "num_warps": 8 if small else 4, "num_stages": 1}
     if kernel == "states":

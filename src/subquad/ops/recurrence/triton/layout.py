@@ -87,8 +87,9 @@ class Plan:
 
     @cached_property
     def fuse(self) -> bool:
-        """Whether the passes compute the scores themselves: short sequences in one launch."""
-        if self.delta or self.decay == "channel":
+        """Whether the passes compute the scores themselves: short sequences in one launch. In
+        float32 over wide tiles that leaves no registers."""
+        if self.delta or self.decay == "channel" or (self.exact and self.K > 128):
             return False
         return self.decay == "none" or self.T <= SHORT
 
