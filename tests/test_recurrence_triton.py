@@ -220,10 +220,10 @@ def test_a_state_of_two_tiles(name):
 
     case, segment = TILES[name]
     config = {"BK": 64, "BV": 16 if case.V == 16 else 64, "num_warps": 4, "num_stages": 1}
-    kernels = {"scan": config, "scan_split": {**config, "fill": 1}, "scan_back": config}
+    kernels = dict.fromkeys(("scan", "scan_back", "outputs"), config)
+    kernels |= {n: {**config, "fill": 1} for n in ("scan_split", "states")}
     with (
         mock.patch.object(layout, "segment_length", return_value=segment),
-        mock.patch.object(layout, "SHORT", 0),
         mock.patch.object(layout, "MANY", 0),
         mock.patch.object(configs, "copy_engine", return_value=True),
         configs.forced(kernels),

@@ -30,7 +30,6 @@ from subquad.ops.recurrence.triton.parts import (
     fade,
     gate_place,
     gate_row,
-    gates,
     halves,
     kernel,
     numbers,
@@ -79,11 +78,10 @@ def _exact(
 
 @kernel
 def score_grads(
-    V_, G_, BETA, DO, D_, F_, GS, TABLE, DA, Y, DV, DB,
-    scale, T, H, HV, HD, HB,
+    V_, BETA, DO, D_, F_, GS, TABLE, DA, Y, DV, DB,
+    scale, T, H, HV, HB,
     V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, FUSE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA and Y of every chunk (for a decay per head with their decay), and the first part of
     dbeta, ``F . v``; for the delta rule also dv."""
@@ -113,7 +111,7 @@ def score_grads(
                 d = tile(V_, first, left, HV, hv, value, V, C, BV)
             a = tl.dot(do, tl.trans(d), a, input_precision=PRECISION)
         if DECAY == HEAD:
-            G = gates(G_, GS, None, first, left, HD, h * HD // H, chunk, H, h, C, FUSE, False)[0]
+            G = gate_row(GS, 0, chunk, H, h, C)
             lower = fade(tl.trans(G), G, i >= j)
             a *= lower
             y *= lower
@@ -130,7 +128,7 @@ def grads(
     scale, T, SIZE, H, HQ, HK, HV, HD, HB,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, STRONG: tl.constexpr,
-    FUSE: tl.constexpr, EXACT: tl.constexpr, ALONE: tl.constexpr, BULK: tl.constexpr,
+    EXACT: tl.constexpr, ALONE: tl.constexpr, BULK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BK key channels of a chunk. DB, and DG of a decay per head, get a part each from every block
@@ -161,15 +159,10 @@ def grads(
             if not ALONE:
                 db = numbers(DB, first, once, H, h, C)
         if DECAY == HEAD:  # asked for beside the tiles
-            if FUSE:
-                G, rise, fall = gates(
-                    G_, GS, None, first, left, HD, hd, chunk, H, h, C, FUSE, False
-                )
-            else:
-                G = gate_row(GS, 0, chunk, H, h, C)
-                rise = gate_row(GS, 1, chunk, H, h, C)
-                fall = gate_row(GS, 2, chunk, H, h, C)
-            whole = whole_gate(G_, GS, first, left, HD, hd, chunk, H, h, C, FUSE)
+            G = gate_row(GS, 0, chunk, H, h, C)
+            rise = gate_row(GS, 1, chunk, H, h, C)
+            fall = gate_row(GS, 2, chunk, H, h, C)
+            whole = whole_gate(GS, left, chunk, H, h, C)
         dq = tl.zeros([C, BK], tl.float32)
         dk = tl.zeros([C, BK], tl.float32)
         z = tl.zeros([C, BK], tl.float32)

@@ -42,17 +42,17 @@ def _scan(p: Plan, scale: float, init: bool, outs: tuple[str, ...]) -> Launch:
     if split and p.delta:
         blocks += cdiv(p.K, c["BV"])
     return scan.bind(
-        (p.segments * blocks, p.H), scale, p.T, p.size, **p.pick("H", "HQ", "HK", "HV", "HD"),
+        (p.segments * blocks, p.H), scale, p.T, p.size, **p.pick("H", "HQ", "HK", "HV"),
         **p.switches(
             C=C, HAS_INIT=init, OUTPUT="O" in outs, KEEP="HS" in outs, END="FINAL" in outs,
-            SPLIT=split, FUSE=p.fuse, BULK=p.described(c), FINE=p.fine and "HS" not in outs,
+            SPLIT=split, BULK=p.described(c), FINE=p.fine and "HS" not in outs,
             PRECISION=p.precision,
         ),
         **{"BK": configs.key_width(p.K), **c},
     )  # fmt: skip
 
 
-def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, table, **outs) -> None:
+def run_scan(p: Plan, q, k, v, ready: Ready, init, scale, table, **outs) -> None:
     """One :func:`scan.scan`; the outputs that are given are written."""
     A, AL, P, BS, *gated, GS, _ = ready
     BD = GD = None
@@ -69,7 +69,7 @@ def run_scan(p: Plan, q, k, v, decay, ready: Ready, init, scale, table, **outs) 
             outs["HS"] = states_of(p, c["BV"], tile, outs["HS"])
         A, AL, P, BD, GD, *gated = blocks(tile, A, AL, P, BS, gate_rows(p, GS), *gated)
     _scan(p, scale, init is not None, (*outs,))(
-        q, k, v, decay, A, AL, P, BS, BD, *gated, GS, GD, init, table,
+        q, k, v, A, AL, P, BS, BD, *gated, GS, GD, init, table,
         *[outs.get(n) for n in SCANNED],
     )  # fmt: skip
 
@@ -119,7 +119,7 @@ def _forward(
         plain.forward(p, q, k, v, decay, state, table, first, chunk_table, scale, o, final, given)
         return o, final, kept
     ready = prepared(p, q, k, decay, beta, scale, chunk_table, p.fine, given)
-    args = (p, q, k, v, decay, ready)
+    args = (p, q, k, v, ready)
     if p.split:
         starts, link = given["starts"], given["link"]
         rows, from_row = link_rows(p)
@@ -184,12 +184,12 @@ def _backward(
     before = empty(v, p.chunks, p.H, p.V, p.K)
     new = empty(v, p.B, p.T, p.H, p.V) if p.delta else None
     init = starts if p.split else state
-    run_scan(p, q, k, v, decay, ready, init, scale, table, HS=before, D=new)
+    run_scan(p, q, k, v, ready, init, scale, table, HS=before, D=new)
 
     ends = dfinal
     if p.split:
         local = empty(v, p.segments, p.H, p.V, p.K, dtype=torch.float32)
-        run_back(p, q, k, decay, do, ready, None, scale, table, LOCAL=local)
+        run_back(p, q, k, do, ready, None, scale, table, LOCAL=local)
         ends = empty(v, p.segments, p.H, p.K, p.V, dtype=torch.float32)
         rows, from_row = link_rows(p)
         carry = _combine(p, dfinal is not None, (p.V, rows, from_row), True)
@@ -198,7 +198,7 @@ def _backward(
     through = empty(v, p.B, p.T, p.H, p.V)
     dstate = empty(v, p.N, p.H, p.K, p.V, dtype=torch.float32)
     run_back(
-        p, q, k, decay, do, ready, ends, scale, table, OUT=through, HS=after, START=dstate
+        p, q, k, do, ready, ends, scale, table, OUT=through, HS=after, START=dstate
     )  # fmt: skip
 
     dq = empty(q, p.B, p.T, p.H, p.K)
@@ -217,7 +217,7 @@ def _backward(
         da = empty(v, p.chunks, p.H, C, C)
         y = empty(v, *da.shape) if p.delta else None
         _score_grads(p, scale)(
-            v, decay, beta, do, new, through, ready.GS, chunk_table, da, y, dv, db
+            v, beta, do, new, through, ready.GS, chunk_table, da, y, dv, db
         )  # fmt: skip
     D, F, HS, DHS = new, through, before, after
     c = p.config("grads")
@@ -240,8 +240,8 @@ def _backward(
 @bound
 def _score_grads(p: Plan, scale: float) -> Launch:
     return score_grads.bind(
-        (p.chunks, p.H), scale, p.T, **p.pick("H", "HV", "HD", "HB"), V=p.V, C=C,
-        DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.packed, FUSE=p.fuse, PRECISION=p.precision,
+        (p.chunks, p.H), scale, p.T, **p.pick("H", "HV", "HB"), V=p.V, C=C,
+        DECAY=NAMES[p.decay], DELTA=p.delta, PACKED=p.packed, PRECISION=p.precision,
         **p.config("score_grads"),
     )  # fmt: skip
 
@@ -256,7 +256,7 @@ def _grads(p: Plan, scale: float, strong: bool) -> Launch:
         (p.chunks * p.H * p.parts,), scale, p.T, p.B * p.T * p.H,
         **p.heads,
         **p.switches(
-            C=C, STRONG=strong, FUSE=p.fuse, EXACT=p.exact, BULK=bulk, PRECISION=p.precision
+            C=C, STRONG=strong, EXACT=p.exact, BULK=bulk, PRECISION=p.precision
         ),
         **c,
     )  # fmt: skip
@@ -267,16 +267,16 @@ def _scan_back(p: Plan, scale: float, init: bool, split: bool) -> Launch:
     c = p.config("scan_back")
     return scan_back.bind(
         (p.segments * cdiv(p.V, c["BV"]), p.H), scale, p.T, p.size,
-        **p.pick("H", "HQ", "HK", "HD"),
+        **p.pick("H", "HQ", "HK"),
         **p.switches(
-            C=C, HAS_INIT=init, SPLIT=split, FUSE=p.fuse, BULK=p.described(c),
+            C=C, HAS_INIT=init, SPLIT=split, BULK=p.described(c),
             PRECISION=p.precision,
         ),
         **{"BK": configs.key_width(p.K), **c},
     )  # fmt: skip
 
 
-def run_back(p: Plan, q, k, decay, do, ready: Ready, init, scale, table, **outs) -> None:
+def run_back(p: Plan, q, k, do, ready: Ready, init, scale, table, **outs) -> None:
     """One :func:`scan.scan_back`; the outputs that are given are written."""
     A, _, P, BS, *gated, GS, _ = ready
     BD = GD = None
@@ -289,7 +289,7 @@ def run_back(p: Plan, q, k, decay, do, ready: Ready, init, scale, table, **outs)
         tile = c.get("BK", p.K)
         A, P, BD, GD, *gated = blocks(tile, A, P, BS, gate_rows(p, GS), *gated)
     _scan_back(p, scale, init is not None, "LOCAL" in outs)(
-        q, k, decay, do, A, P, BS, BD, *gated, GS, GD, init, table,
+        q, k, do, A, P, BS, BD, *gated, GS, GD, init, table,
         *[outs.get(n) for n in ("OUT", "HS", "START", "LOCAL")],
     )  # fmt: skip
 

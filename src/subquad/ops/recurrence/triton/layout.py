@@ -16,7 +16,6 @@ from subquad.ops.kernel import Launch
 from subquad.ops.recurrence.triton import configs
 
 C = 64  # rows of a chunk
-SHORT = 4096  # tokens up to which a launch weighs more than computing the scores twice
 MANY = 8192  # chunks of a head of 128 channels from which on describing tensors pays (see bulk)
 NAMES = {"none": 0, "head": 1, "channel": 2}
 
@@ -86,14 +85,6 @@ class Plan:
         return self.segments > self.N
 
     @cached_property
-    def fuse(self) -> bool:
-        """Whether the passes compute the scores themselves: short sequences in one launch. In
-        float32 over wide tiles that leaves no registers."""
-        if self.delta or self.decay == "channel" or (self.exact and self.K > 128):
-            return False
-        return self.decay == "none" or self.T <= SHORT
-
-    @cached_property
     def plain(self) -> bool:
         """See :func:`goes_plain`."""
         return goes_plain(self.decay, self.delta)
@@ -101,7 +92,7 @@ class Plan:
     @cached_property
     def fine(self) -> bool:
         """Whether the outputs' operands enter as two bfloat16 (see :mod:`scan`)."""
-        return self.dtype == torch.bfloat16 and (self.fuse or self.delta or self.decay == "channel")
+        return self.dtype == torch.bfloat16
 
     @cached_property
     def bulk(self) -> bool:
@@ -109,7 +100,6 @@ class Plan:
         describing tensors to it pays."""
         return (
             not self.packed and self.T % C == 0
-            and (self.plain or self.delta or self.decay == "channel")
             and self.K == self.V and self.K in (128, 256) and self.dtype != torch.float32
             and self.chunks * self.H * self.K * self.V >= MANY * 128 * 128
             and (not self.plain or self.config("outputs")["num_stages"] > 1)
@@ -144,7 +134,7 @@ class Plan:
         """What decides which kernels a call compiles, beside the inputs that are None."""
         return (
             self.K, self.V, self.decay, self.delta, self.dtype, self.device, self.packed,
-            self.split, self.fuse, self.bulk,
+            self.split, self.bulk,
         )  # fmt: skip
 
     def bytes(self, trains: bool) -> int:
@@ -223,7 +213,7 @@ def keeps(p: Plan, trains: bool) -> tape.Shapes:
         found["starts"] = (*heads, p.K, p.V), float32
         if not p.plain:
             found["link"] = (*heads, *rows), float32
-    if trains and not p.fuse and not p.plain:
+    if trains and not p.plain:
         found |= ready(p)
     return found
 

@@ -152,33 +152,24 @@ def put_block(
 
 @triton.jit
 def gates(
-    G_, GS, GD, t, left, HD, hd, chunk, H, h, C: tl.constexpr, FUSE: tl.constexpr,
-    BULK: tl.constexpr,
+    GS, GD, chunk, H, h, C: tl.constexpr, BULK: tl.constexpr,
 ):  # fmt: skip
-    """For a decay per head: a chunk's G, exp(G), exp(G_end - G), each ``[1,C]``; GD describes GS
-    to the copy engine."""
-    if FUSE:
-        g = numbers(G_, t, left, HD, hd, C)
-        G = tl.cumsum(g, axis=0)[None, :]
-        rise = tl.exp(G)
-        fall = tl.exp(tl.sum(g, axis=0) - G)
+    """For a decay per head: a chunk's exp(G) and exp(G_end - G), each ``[1,C]``; GD describes GS to
+    the copy engine."""
+    row = (chunk * H + h) * 3
+    if BULK:
+        rise = GD.load([row + 1, 0])
+        fall = GD.load([row + 2, 0])
     else:
-        row = (chunk * H + h) * 3
-        if BULK:
-            G = GD.load([row, 0])
-            rise = GD.load([row + 1, 0])
-            fall = GD.load([row + 2, 0])
-        else:
-            at = GS + row.to(tl.int64) * C + tl.arange(0, C)[None, :]
-            G = tl.load(at)
-            rise = tl.load(at + C)
-            fall = tl.load(at + 2 * C)
-    return G, rise, fall
+        at = GS + row.to(tl.int64) * C + tl.arange(0, C)[None, :]
+        rise = tl.load(at + C)
+        fall = tl.load(at + 2 * C)
+    return rise, fall
 
 
 @triton.jit
 def gate_row(GS, row, chunk, H, h, C: tl.constexpr):
-    """One of a chunk's :func:`gates`, ``[1,C]``, to be asked for a step ahead: a loop's loads are
+    """G, exp(G) or exp(G_end - G) of a chunk, ``[1,C]``, asked for a step ahead: a loop's loads are
     moved ahead by the compiler only where they go into an operand of a product."""
     at = GS + (chunk.to(tl.int64) * H + h) * (3 * C) + row * C
     return tl.load(at + tl.arange(0, C))[None, :]
@@ -194,15 +185,10 @@ def betas(BS, BD, chunk, H, h, C: tl.constexpr, BULK: tl.constexpr):
 
 
 @triton.jit
-def whole_gate(
-    G_, GS, t, left, HD, hd, chunk, H, h, C: tl.constexpr, FUSE: tl.constexpr
-):  # fmt: skip
+def whole_gate(GS, left, chunk, H, h, C: tl.constexpr):
     """For a decay per head: a chunk's exp(G_end); anything for none (``left`` not above 0)."""
-    if FUSE:
-        return tl.exp(tl.sum(numbers(G_, t, left, HD, hd, C), axis=0))
-    else:
-        at = GS + (chunk.to(tl.int64) * H + h) * (3 * C) + 2 * C - 1
-        return tl.load(at, mask=left > 0, other=0.0)
+    at = GS + (chunk.to(tl.int64) * H + h) * (3 * C) + 2 * C - 1
+    return tl.load(at, mask=left > 0, other=0.0)
 
 
 @triton.jit

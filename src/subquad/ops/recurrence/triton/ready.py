@@ -66,9 +66,7 @@ def room(p: Plan, like: Tensor, fine: bool, given: Mapping[str, Tensor]) -> Read
 
 
 def prepared(p: Plan, q, k, decay, beta, scale: float, table, fine: bool, given) -> Ready:
-    """What :mod:`prepare` writes; without a launch where the passes need none of it."""
-    if p.fuse:
-        return Ready()
+    """What :mod:`prepare` writes."""
     out = room(p, q, fine, given)
     tiles, rest = (q, k, decay), (beta, table, out.FLAG, *out[:8])
     if p.bulk_prepare:

@@ -7,8 +7,8 @@ Per chunk, with A, P, QG, KG and KW of :mod:`prepare` (D = v without the delta r
     U = beta (v - KW S)       D = U + P U         o = QG S + A D     S <- exp(G_end) S + KG^T D
     dD = A^T do + KG dS       F = dD + P^T dD     dS <- exp(G_end) dS + QG^T do - KW^T beta F
 
-For a decay per head QG, KG and KW are q and k, and the factors are put on what they meet. Without
-``A`` (FUSE: short sequences, no delta rule) the scores are computed here, one launch in all.
+For a decay per head QG, KG and KW are q and k, and the factors are put on what they meet. What goes
+without the delta rule and without a decay per channel has passes of its own (:mod:`states`).
 """
 
 from functools import partial
@@ -24,7 +24,6 @@ from subquad.ops.recurrence.triton.parts import (
     bulk,
     bulk_block,
     bulk_put_t,
-    fade,
     gates,
     halved,
     kernel,
@@ -65,13 +64,13 @@ def _written(S, factor, D, fall, Dd, rest, k, DECAY: tl.constexpr, PRECISION: tl
 
 @partial(kernel, length=2)
 def scan(
-    Q, K_, V_, G_, A, AL, P, BS, BD, QG, KG, KW, GS, GD, INIT, TABLE,
+    Q, K_, V_, A, AL, P, BS, BD, QG, KG, KW, GS, GD, INIT, TABLE,
     O, D_, HS, FINAL, LOCAL, TOTAL,
-    scale, T, SIZE, H, HQ, HK, HV, HD,
+    scale, T, SIZE, H, HQ, HK, HV,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, HAS_INIT: tl.constexpr,
     OUTPUT: tl.constexpr, KEEP: tl.constexpr, END: tl.constexpr, SPLIT: tl.constexpr,
-    FUSE: tl.constexpr, FINE: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    FINE: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment of one head, BV columns of the state.
 
@@ -85,7 +84,7 @@ def scan(
     says whether a state will come in) and writes its own final state to LOCAL, for the delta rule
     beside its transition (further columns, from the identity), else beside its decay (TOTAL).
     """
-    FINER: tl.constexpr = FINE and DECAY != CHANNEL and not (DELTA and DECAY == HEAD)
+    FINER: tl.constexpr = FINE and DECAY == NONE
     SCALED: tl.constexpr = OUTPUT and FINE and DELTA and DECAY == CHANNEL
     blocks: tl.constexpr = (V + BV - 1) // BV
     links: tl.constexpr = (K + BV - 1) // BV if SPLIT and DELTA else 0
@@ -101,7 +100,7 @@ def scan(
     part = pid % (blocks + links)
     first, end, sequence, opens, closes, chunk = segment(TABLE, index, T, SIZE, C, PACKED)
     rows = part * BV + tl.arange(0, BV)
-    hq, hk, hv, hd = h * HQ // H, h * HK // H, h * HV // H, h * HD // H
+    hq, hk, hv = h * HQ // H, h * HK // H, h * HV // H
 
     if SPLIT and DELTA:
         S = identity(rows - blocks * BV, K, BK)
@@ -122,8 +121,8 @@ def scan(
             idle = idle | (opens & (part >= blocks))
         chunks = tl.where(idle, 0, chunks)
     whole = 1.0
-    if DECAY == HEAD and not FUSE:
-        whole = whole_gate(G_, GS, first, chunks, HD, hd, chunk, H, h, C, FUSE)
+    if DECAY == HEAD:
+        whole = whole_gate(GS, chunks, chunk, H, h, C)
     if DECAY == CHANNEL and not LEAN:
         whole = fading(GS, chunks, chunk, H, h, K, BK)
     if SCALED:
@@ -131,11 +130,8 @@ def scan(
     for n in range(chunks):
         t = first + n * C
         left = end - t
-        if DECAY == HEAD:
-            if FUSE:
-                whole = whole_gate(G_, GS, t, left, HD, hd, chunk, H, h, C, FUSE)
-            else:  # a step ahead, since it is read when all else waits
-                later = whole_gate(G_, GS, t, left - C, HD, hd, chunk + n + 1, H, h, C, FUSE)
+        if DECAY == HEAD:  # a step ahead, since it is read when all else waits
+            later = whole_gate(GS, left - C, chunk + n + 1, H, h, C)
         if DECAY == CHANNEL and not LEAN:
             later = fading(GS, chunks - n - 1, chunk + n + 1, H, h, K, BK)
         if SCALED:
@@ -152,7 +148,7 @@ def scan(
         v = tl.trans(v)
         fall = None
         if DECAY == HEAD:
-            G, rise, fall = gates(G_, GS, GD, t, left, HD, hd, chunk + n, H, h, C, FUSE, BULK)
+            rise, fall = gates(GS, GD, chunk + n, H, h, C, BULK)
         if DELTA:
             beta = betas(BS, BD, chunk + n, H, h, C, BULK)
             if not LATE:
@@ -209,8 +205,7 @@ def scan(
             factor = whole
         if DECAY != NONE and not LEAN:
             total = product(total, factor)
-            if not FUSE:
-                whole = later
+            whole = later
         if not EARLY:  # fewer values live at once than with the outputs first
             S = _written(S, factor, D, fall, Dd, rest, k, DECAY, PRECISION)
         if OUTPUT:
@@ -223,20 +218,7 @@ def scan(
                 o *= rise * scale
             elif DECAY != CHANNEL:
                 o *= scale
-            if FUSE:
-                a = tl.zeros([C, C], tl.float32)
-                for x in tl.static_range(tiles):
-                    a = tl.dot(k[x], tl.trans(q[x]), a, input_precision=PRECISION)
-                a *= scale
-                if DECAY == HEAD:
-                    a *= fade(G, tl.trans(G), i >= j)
-                else:
-                    a = tl.where(i >= j, a, 0.0)
-                if FINE:
-                    a, al = halved(a)
-                else:
-                    a = a.to(kind)
-            elif not SCALED:
+            if not SCALED:
                 a = tl.trans(bulk_block(A, chunk + n, H, h, C, C, BULK))
                 if FINE:
                     al = tl.trans(bulk_block(AL, chunk + n, H, h, C, C, BULK))
@@ -307,7 +289,7 @@ def combine(
 
     OUT gets the state before each segment (BACK: the gradient after it). A segment adds its LOCAL
     result to its transition applied to what came in: the matrix in LINK's rows from LINK_ROW on
-    for the delta rule, else the factor LINK.
+    for the delta rule, else LINK's factor of every channel.
     """
     pid = tl.program_id(0)
     h = tl.program_id(1)
@@ -335,13 +317,9 @@ def combine(
             at = LOCAL + base * (LOCAL_ROWS * K) + rows[:, None] * K + columns[None, :]
             ok = (rows[:, None] < V) & (columns[None, :] < K)
             s = tl.load(at, mask=ok, other=0.0)
-            if not DELTA and DECAY == CHANNEL:
+            if not DELTA:
                 factor = tl.load(LINK + base * K + columns, mask=columns < K, other=0.0)
                 s += S[x] * factor[None, :]
-            elif not DELTA and DECAY == HEAD:
-                s += S[x] * tl.load(LINK + base)
-            elif not DELTA:
-                s += S[x]
             after += (s,)
         if DELTA:
             source = LINK + base * (LINK_ROWS * K) + LINK_ROW * K

@@ -11,7 +11,6 @@ from subquad.ops.recurrence.triton.parts import (
     bulk,
     bulk_block,
     bulk_put_t,
-    fade,
     gate_row,
     gates,
     kernel,
@@ -33,11 +32,11 @@ from subquad.ops.recurrence.triton.state import (
 
 @partial(kernel, length=2)
 def scan_back(
-    Q, K_, G_, DO, A, P, BS, BD, QG, KG, KW, GS, GD, INIT, TABLE, OUT, HS, START, LOCAL,
-    scale, T, SIZE, H, HQ, HK, HD,
+    Q, K_, DO, A, P, BS, BD, QG, KG, KW, GS, GD, INIT, TABLE, OUT, HS, START, LOCAL,
+    scale, T, SIZE, H, HQ, HK,
     K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, DELTA: tl.constexpr, PACKED: tl.constexpr, HAS_INIT: tl.constexpr,
-    SPLIT: tl.constexpr, FUSE: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The state's gradient from a segment's end to its start.
 
@@ -55,7 +54,7 @@ def scan_back(
     part = pid % blocks
     first, end, sequence, opens, _, chunk = segment(TABLE, index, T, SIZE, C, PACKED)
     rows = part * BV + tl.arange(0, BV)
-    hq, hk, hd = h * HQ // H, h * HK // H, h * HD // H
+    hq, hk = h * HQ // H, h * HK // H
 
     dS = opening(INIT, index, h, H, rows, K, V, BK, HAS_INIT)
     i = tl.arange(0, C)[:, None]
@@ -66,8 +65,7 @@ def scan_back(
     whole = 1.0
     if DECAY == HEAD:
         n = tl.maximum(chunks - 1, 0)
-        if not FUSE:
-            whole = whole_gate(G_, GS, first, chunks, HD, hd, chunk + n, H, h, C, FUSE)
+        whole = whole_gate(GS, chunks, chunk + n, H, h, C)
         if BULK:
             falls = gate_row(GS, 2, chunk + n, H, h, C)
     if DECAY == CHANNEL and tiles == 1:
@@ -77,20 +75,17 @@ def scan_back(
         t = first + n * C
         left = end - t
         if DECAY == HEAD:
-            if FUSE:
-                whole = whole_gate(G_, GS, t, left, HD, hd, chunk, H, h, C, FUSE)
-            else:
-                later = whole_gate(G_, GS, t, n, HD, hd, chunk + n - 1, H, h, C, FUSE)
+            later = whole_gate(GS, n, chunk + n - 1, H, h, C)
             if BULK:
                 falls_later = gate_row(GS, 2, chunk + tl.maximum(n, 1) - 1, H, h, C)
         if DECAY == CHANNEL and tiles == 1:
             later = fading(GS, n, chunk + n - 1, H, h, K, BK)
-        if FUSE or (DECAY == CHANNEL and tiles == 1):
+        if DECAY == CHANNEL and tiles == 1:
             q = operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
         do = tl.trans(bulk(DO, t, left, H, h, part * BV, V, C, BV, BULK))
         kind = do.dtype
         if DECAY == HEAD:
-            G, rise, fall = gates(G_, GS, GD, t, left, HD, hd, chunk + n, H, h, C, FUSE, BULK)
+            rise, fall = gates(GS, GD, chunk + n, H, h, C, BULK)
         if (not SPLIT) or DELTA:
             k = operand(K_, KG, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
             dD = tl.zeros([BV, C], tl.float32)
@@ -104,18 +99,7 @@ def scan_back(
                     dD *= falls
                 else:
                     dD *= fall
-            if FUSE:
-                a = tl.zeros([C, C], tl.float32)
-                for x in tl.static_range(tiles):
-                    a = tl.dot(q[x], tl.trans(k[x]), a, input_precision=PRECISION)
-                a *= scale
-                if DECAY == HEAD:
-                    a *= fade(tl.trans(G), G, i >= j)
-                else:
-                    a = tl.where(i >= j, a, 0.0)
-                a = a.to(kind)
-            else:
-                a = bulk_block(A, chunk + n, H, h, C, C, BULK)
+            a = bulk_block(A, chunk + n, H, h, C, C, BULK)
             dD = tl.dot(do, a, dD, input_precision=PRECISION)
         if DECAY != CHANNEL:
             factor = scale
@@ -139,7 +123,7 @@ def scan_back(
                 kw = operand(K_, KW, t, left, HK, hk, chunk + n, H, h, K, C, BK, DECAY, BULK)
         elif not SPLIT:
             bulk_put_t(OUT, dD, t, left, H, h, part * BV, V, C, BV, STORE)
-        if not FUSE and (DECAY != CHANNEL or tiles > 1):  # asked for last, it is waited for last
+        if DECAY != CHANNEL or tiles > 1:  # asked for last, it is waited for last
             q = operand(Q, QG, t, left, HQ, hq, chunk + n, H, h, K, C, BK, DECAY, BULK)
         if DECAY == HEAD:
             dS = product(dS, each(whole, tiles))
@@ -152,8 +136,7 @@ def scan_back(
         if DELTA:
             dS = added(dS, back, kw, PRECISION)
         if DECAY == HEAD:
-            if not FUSE:
-                whole = later
+            whole = later
             if BULK:
                 falls = falls_later
 
