@@ -1,8 +1,11 @@
+import copy
 import importlib
 import itertools
 import os
+import pickle
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 import masks
 import subquad
@@ -234,10 +239,21 @@ class Compiled(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    "kept", [None, ~mask.window(3), mask.documents(IDS[:, :14]) & mask.causal()]
+    "kept",
+    [
+        None,
+        ~mask.window(3),
+        mask.documents(IDS[:, :14]) & mask.causal(),
+        mask.per_head([mask.causal(), mask.window(2)]),
+        mask.packed(mask.causal(), [0, 5, 14]),
+        mask.placed(mask.causal(), torch.tensor([2, 0])),
+        mask.blocks(torch.tensor([[0], [1]]), 8, 8) & mask.causal(),
+        mask.spans(torch.tensor([[0], [5]]), torch.tensor([[-1], [1]]), 4, 8),
+    ],
 )
 def test_compiles_to_one_graph(kept):
     """A mask may be made in the forward, or kept by the module where it holds data."""
+    torch._dynamo.reset()  # each case compiles the same code
     module, tensors = Compiled(kept), inputs(T=14, K=4, V=4)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     got, want = compiled(*tensors), module(*tensors)
@@ -246,9 +262,79 @@ def test_compiles_to_one_graph(kept):
         torch.testing.assert_close(a, b)
 
 
+def test_exported_programs_find_their_masks_in_another_process(tmp_path):
+    """And none where the mask held data: it is not in the file."""
+    x = torch.randn(1, 14, 2, 4)
+
+    class Own(torch.nn.Module):
+        def __init__(self, kept):
+            super().__init__()
+            self.kept = kept
+
+        def forward(self, x):
+            return attention(x, x, x, self.kept, backend="torch")
+
+    for name, kept in (
+        ("made", mask.causal() & mask.window(5)),
+        ("held", mask.documents(IDS[0, :14])),
+    ):
+        torch.export.save(torch.export.export(Own(kept), (x,)), tmp_path / f"{name}.pt2")
+    torch.save((x, Own(mask.causal() & mask.window(5))(x)), tmp_path / "want.pt")
+    code = f"""
+        import torch
+        from subquad import mask
+        from subquad.ops.attention import attention, node
+
+        x, want = torch.load("{tmp_path}/want.pt")
+        other = mask.causal() & mask.window(1)
+        torch.compile(lambda x: attention(x, x, x, other, backend="torch"), backend="eager")(x)
+        got = torch.export.load("{tmp_path}/made.pt2").module()(x)
+        torch.testing.assert_close(got, want)
+        try:
+            torch.export.load("{tmp_path}/held.pt2").module()(x)
+        except RuntimeError as refused:
+            assert "holds data" in str(refused)
+        else:
+            raise AssertionError
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_fakes_and_transforms():
+    q, k, v = inputs(T=14, K=4, V=4)
+    m = mask.causal() & (mask.window(3) | mask.sinks(2))
+
+    def run(q, k, v):
+        return attention(q, k, v, m, backend="torch")
+
+    with FakeTensorMode() as fakes:
+        seen = run(*map(fakes.from_tensor, (q, k, v)))
+    assert seen.shape == run(q, k, v).shape
+    many = [torch.stack([x, 2 * x]).detach() for x in (q, k, v)]
+    want = torch.stack([run(*(x[i] for x in many)) for i in range(2)])
+    torch.testing.assert_close(torch.vmap(run)(*many), want)
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(run, (q, k, v), (q, k, v))
+    with pytest.raises(NotImplementedError, match="forward mode"), forward_ad.dual_level():
+        run(forward_ad.make_dual(q, q), k, v)
+
+
+def test_a_copied_mask_compiles():
+    torch._dynamo.reset()
+    kept = copy.deepcopy(mask.documents(IDS[:, :14]) & mask.causal())
+    tensors = inputs(T=14, K=4, V=4)
+    compiled = torch.compile(Compiled(kept), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), Compiled(kept)(*tensors))
+    again = pickle.loads(pickle.dumps(kept))
+    assert again == kept
+    assert again.spec() != kept.spec()
+
+
 def test_the_operator_is_well_made():
     node = importlib.import_module("subquad.ops.attention.node")
-    m = node._constant((mask.causal() & mask.window(4)).spec())
+    m = node._text((mask.causal() & mask.window(4)).spec())
     home = "subquad.ops.attention.torch"
     args = (*inputs(T=13), m, 0.5, 0, home)
     torch.library.opcheck(torch.ops.subquad.attention.default, args)

@@ -40,6 +40,14 @@ def test_nothing_runs_in_float8(op, device):
     assert not any(v.chosen for v in asked(op, device=device, dtype=torch.float8_e4m3fn))
 
 
+@pytest.mark.parametrize("op", ["attention", "kernel_attention", "probe"])
+def test_more_heads_than_a_grid_has_go_elsewhere(op):
+    shape = {"mask": mask.causal() & mask.window(3)} if op == "attention" else {}
+    for batch, runs in ((4095, "triton"), (4096, "torch")):
+        found = explain(op, B=batch, T=64, H=16, K=16, device="cuda", **shape)
+        assert next(v.backend for v in found if v.chosen) == runs
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_float8_is_refused_by_name(dtype):
     x = torch.randn(1, 8, 2, 16).to(dtype)

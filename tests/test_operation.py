@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subquad.ops.scan.chunk import _scan
@@ -35,6 +36,17 @@ def test_a_call_alone_equals_one_through_the_dispatcher() -> None:
     for one, other in zip(alone, through, strict=True):
         assert torch.equal(one, other)
     assert torch.autograd.gradgradcheck(_scan, leaves)
+
+
+def test_forward_mode_is_refused() -> None:
+    """Its derivative would be 0."""
+    inputs = _inputs()
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(_scan, inputs, inputs)
+    with pytest.raises(NotImplementedError, match="forward mode"), forward_ad.dual_level():
+        _scan(forward_ad.make_dual(inputs[0], inputs[0]), *inputs[1:])
+    with forward_ad.dual_level():
+        assert torch.equal(_scan(*inputs), PLACE(*inputs))
 
 
 def test_who_looks_on_sees_the_operation() -> None:

@@ -33,7 +33,7 @@ class Replay:
     """A CUDA graph without a GPU: what is recorded leaves no tensor changed, what is repeated none
     of the host's numbers."""
 
-    def __init__(self, graph=None):
+    def __init__(self, graph=None, stream=None):
         pass
 
     def __enter__(self):

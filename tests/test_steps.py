@@ -168,7 +168,7 @@ class Replay:
 
     step: Any = None
 
-    def __init__(self, graph=None):
+    def __init__(self, graph=None, stream=None):
         pass
 
     def holders(self):

@@ -161,6 +161,28 @@ def test_decode_on_another_gpu():
 
 
 @TWO
+@torch.no_grad()
+def test_tokens_recorded_on_another_gpu():
+    """After some were recorded on the first, and while that is the current one."""
+    from subquad.caches import StateCache
+    from test_recorded import models
+
+    make = next(iter(models())).values[0]
+    ids, outs = torch.randint(31, (2, 60)), []
+    for device in ("cuda:0", "cuda:1"):
+        torch.manual_seed(0)
+        model, here, cache = make().to(device, F32), ids.to(device), StateCache()
+        model(input_ids=here[:, :40], past_key_values=cache)
+        step = model.steps(cache, room=9)
+        assert step.repeats
+        outs.append([step(here[:, t : t + 1]).clone() for t in range(40, 60)])
+        with pytest.raises(ValueError, match="ids must have shape"):
+            step(here[:1, :1])
+    for a, b in zip(*outs, strict=True):
+        assert near(b.cpu(), a.cpu())
+
+
+@TWO
 def test_threads_on_two_gpus_at_once():
     """As in DataParallel."""
     case = Case("head", True, T=190, H=2, K=64, V=64, state=True)
@@ -473,6 +495,79 @@ def test_compiled_then_eager(mode):
     torch.testing.assert_close(got, want.detach(), atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(grad, right, atol=1e-1, rtol=5e-2)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["recurrence", "band", "documents"])
+def test_a_backward_pass_compiled_alone(name):
+    from torch._dynamo import compiled_autograd
+
+    torch._dynamo.reset()
+    x = torch.randn(1, 300, 2, 64, device="cuda").to(BF16).requires_grad_()
+
+    def run(x):
+        if name == "recurrence":
+            return recurrence(x, x, x)[0]
+        return attention(x, x, x, MASKS[name]("cuda"))
+
+    (want,) = torch.autograd.grad(run(x).float().square().sum(), x)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        run(x).float().square().sum().backward()
+    assert near(x.grad, want)
+
+
+@pytest.mark.parametrize("name", ["documents", "chosen"])
+def test_masks_with_data_compile(name):
+    torch._dynamo.reset()
+    m = MASKS[name]("cuda")
+    x = torch.randn(1, 300, 2, 64, device="cuda").to(BF16).requires_grad_()
+
+    def run(x):
+        return attention(x, x, x, m)
+
+    got, want = torch.compile(run, fullgraph=True)(x), run(x)
+    assert near(got, want)
+    do = torch.randn_like(want)
+    for a, b in zip(torch.autograd.grad(got, x, do), torch.autograd.grad(want, x, do)):
+        assert near(a, b)
+
+
+def test_forward_mode_is_refused():
+    x = torch.randn(1, 100, 2, 64, device="cuda").to(BF16)
+    band = mask.causal() & mask.window(9)
+    for run in (lambda q: recurrence(q, q, q)[0], lambda q: attention(q, q, q, band)):
+        with pytest.raises(NotImplementedError, match="forward mode"):
+            torch.func.jvp(run, (x,), (x,))
+
+
+@pytest.mark.usefixtures("_forgotten")
+@pytest.mark.parametrize("implementation", ["triton", "torch"])
+def test_default_device(implementation):
+    """As scripts set it: what is made on the CPU is still made there."""
+    torch.set_default_device("cuda")
+    try:
+        x = torch.randn(1, 300, 2, 64).to(BF16)
+        for m in (mask.causal() & mask.window(21), documents(), chosen("cuda")):
+            with backend(implementation):
+                got = attention(x, x, x, m)
+            with backend("reference"):
+                assert near(got, attention(x.double(), x.double(), x.double(), m))
+        with backend(implementation):
+            got = recurrence(x, x, x)[0]
+        with backend("reference"):
+            assert near(got, recurrence(x.double(), x.double(), x.double())[0])
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_trained_after_inference_mode():
+    m, case = documents(), Case("head", True, T=200, H=2, state=True)
+    with torch.inference_mode():
+        recurrence(**case.draw("cuda"))
+        q = torch.randn(1, 300, 4, 64, device="cuda").to(BF16)
+        attention(q, q, q, m)
+    same(attended(m), attended(m))
+    same(found(case), found(case))
 
 
 def test_transforms_are_right_or_refused():

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from subquad.ops import checks
 
@@ -99,10 +99,13 @@ class Steps:
             self._ids = ids.clone()
             logits = self._counted()
         else:
+            checks.shape("ids", ids, tuple(self._ids.shape))
             self._ids.copy_(ids)
             if self._graph is None:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                # PyTorch's own stream for this lies on the GPU that first recorded.
+                stream = torch.cuda.Stream(ids.device) if ids.is_cuda else None
+                with torch.cuda.graph(graph, stream=stream):
                     self._logits = self._counted()
                 self._graph = graph
             else:
@@ -121,6 +124,12 @@ class Steps:
 
     def _run(self, ids: Tensor, places: Tensor | None = None) -> Tensor:
         return self._model(ids, places)[:, -1]
+
+
+def on_one_gpu(model: nn.Module) -> bool:
+    """Whether all of a model lies on one GPU, of which alone a graph records."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers())}
+    return len(devices) == 1 and devices.pop().type == "cuda"
 
 
 def decoding(on: Any, streamer: Any = None) -> Callable[..., Tensor]:

@@ -66,9 +66,9 @@ class Mask:
         return 0, S
 
     def spec(self) -> Any:
-        """The mask as nested tuples of constants, which a compiler can follow (see :mod:`.spec`);
-        itself where it holds data."""
-        return self
+        """The mask as nested tuples of constants, which a compiler can follow (see
+        :mod:`.spec`)."""
+        raise NotImplementedError
 
     def dense(
         self, T: int, S: int, offset: int | None = None, device: torch.device | str | None = None
@@ -295,10 +295,6 @@ class Join(Mask):
                 planes = [m.planes for m in self.parts]
                 raise ValueError(f"joined masks must agree on batch and heads, got {planes}")
 
-    def _joined(self, name: str) -> Any:
-        specs = [part.spec() for part in self.parts]
-        return self if any(isinstance(spec, Mask) for spec in specs) else (name, *specs)
-
     def _signature(self, rect):
         """Each part's columns, blotted out where the part alone already decides."""
         columns = []
@@ -313,7 +309,7 @@ class Join(Mask):
 @dataclass(frozen=True)
 class And(Join):
     def spec(self):
-        return self._joined("and")
+        return "and", *[part.spec() for part in self.parts]
 
     def at(self, p, j):
         return reduce(torch.logical_and, (part.at(p, j) for part in self.parts))
@@ -330,7 +326,7 @@ class And(Join):
 @dataclass(frozen=True)
 class Or(Join):
     def spec(self):
-        return self._joined("or")
+        return "or", *[part.spec() for part in self.parts]
 
     def at(self, p, j):
         return reduce(torch.logical_or, (part.at(p, j) for part in self.parts))
@@ -350,8 +346,7 @@ class Not(Mask):
     part: Mask
 
     def spec(self):
-        spec = self.part.spec()
-        return self if isinstance(spec, Mask) else ("not", spec)
+        return "not", self.part.spec()
 
     @property
     def planes(self):

@@ -19,6 +19,9 @@ class Documents(Mask):
 
     ids: Table
 
+    def spec(self):
+        return "documents", self.ids.name
+
     @property
     def planes(self):
         return (self.ids.shape[0] if len(self.ids.shape) == 2 else 1), 1
@@ -64,6 +67,9 @@ class Packed(Mask):
 
     part: Mask
     bounds: tuple[int, ...]
+
+    def spec(self):
+        return "packed", self.part.spec(), self.bounds
 
     @property
     def planes(self):
@@ -175,6 +181,9 @@ class Blocks(Chosen):
     size: int
     rows: int
 
+    def spec(self):
+        return "blocks", self.index.name, self.size, self.rows
+
     @property
     def tables(self):
         return (self.index,)
@@ -199,6 +208,9 @@ class Spans(Chosen):
     size: int
     rows: int
 
+    def spec(self):
+        return "spans", self.starts.name, self.columns.name, self.size, self.rows
+
     @property
     def tables(self):
         return self.starts, self.columns
@@ -220,6 +232,9 @@ class PerHead(Mask):
     """One mask for each query head."""
 
     parts: tuple[Mask, ...]
+
+    def spec(self):
+        return "per_head", *[part.spec() for part in self.parts]
 
     @property
     def planes(self):

@@ -32,7 +32,7 @@ def kept(maxsize: int) -> Callable[[F], F]:
 
         @wraps(function)
         def find(*given: Any) -> Any:
-            return function(*given) if _traced() else made(*given)
+            return function(*given) if traced() else made(*given)
 
         find.cache_clear = made.cache_clear  # type: ignore[attr-defined]
         return find  # type: ignore[return-value]
@@ -40,6 +40,7 @@ def kept(maxsize: int) -> Callable[[F], F]:
     return decorate
 
 
-def _traced() -> bool:
+def traced() -> bool:
+    """Whether something traces: a compiler, or fakes."""
     fakes = torch._C._TorchDispatchModeKey.FAKE
     return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(fakes) is not None

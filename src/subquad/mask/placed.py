@@ -18,6 +18,9 @@ class Placed(Mask):
     queries: Table
     keys: Table
 
+    def spec(self):
+        return "placed", self.part.spec(), self.queries.name, self.keys.name
+
     @property
     def planes(self):
         batch, heads = self.part.planes

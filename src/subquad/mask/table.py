@@ -5,10 +5,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+_PROCESS, _numbers = os.urandom(4).hex(), count()
+_named: WeakValueDictionary[str, Table] = WeakValueDictionary()
 
 
 class Table:
@@ -16,14 +21,35 @@ class Table:
 
     The digest is computed on first use (on an accelerator this waits for the tensor), so a mask
     that is made on the device and used once is never read back.
-    """
 
-    __slots__ = ("_copies", "_digest", "tensor")
+    Attributes:
+        name: by which compiled graphs of this process know it.
+    """
 
     def __init__(self, tensor: Tensor, copy: bool = True) -> None:
         self.tensor = tensor.detach().to(torch.int32, copy=copy).contiguous()
         self._copies: dict[torch.device, Tensor] = {self.tensor.device: self.tensor}
         self._digest: bytes | None = None
+        self.name = f"{_PROCESS}-{next(_numbers)}"
+        _named[self.name] = self
+
+    def __reduce__(self) -> Any:
+        return Table, (self.tensor,)
+
+    @staticmethod
+    def named(name: str) -> Table:
+        """The table of this name.
+
+        Raises:
+            RuntimeError: for a name from another process, or of a table that is no more.
+        """
+        found = _named.get(name)
+        if found is None:
+            raise RuntimeError(
+                "this graph was made with a mask that holds data, which is not here: "
+                "make the mask, and compile or export again"
+            )
+        return found
 
     @property
     def shape(self) -> torch.Size:

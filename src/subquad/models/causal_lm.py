@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from subquad.caches.states import StateCache
-from subquad.caches.steps import ROOM, Steps
+from subquad.caches.steps import ROOM, Steps, on_one_gpu
 from subquad.mixers.base import Context
 from subquad.mixers.parts.norm import GatedRMSNorm as RMSNorm
 from subquad.models.blocks import Block, lower_bounds, normed
@@ -227,7 +227,7 @@ class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
             return self(input_ids=ids, past_key_values=cache).logits
 
         can = all(b.mixer.repeats for b in self.blocks) and self.config.max_positions is None
-        return Steps(run, cache, repeats=can and self.device.type == "cuda", room=room)
+        return Steps(run, cache, repeats=can and on_one_gpu(self), room=room)
 
     def state_bytes(self, T: int, dtype: torch.dtype | None = None) -> int:
         """Bytes of the cache of one sequence after T tokens; dtype is the activations'."""

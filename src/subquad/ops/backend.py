@@ -51,6 +51,7 @@ class Request:
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_HEADS = 65535  # what CUDA allows
 Verifier = Callable[[Request], tuple[bool, str]]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -123,6 +124,13 @@ def refusal(device: str) -> str:
     if device == "cpu" and interpreted():
         return ""
     return f"runs on cuda (on the CPU under TRITON_INTERPRET=1), not on {device}"
+
+
+def crowded(request: Request) -> str:
+    """Why kernels with a program for each head of each row along a grid's second axis cannot be
+    launched, or ""."""
+    heads = request.sizes["B"] * request.sizes["H"]
+    return f"takes up to {MOST_HEADS} heads in all, not {heads}" if heads > MOST_HEADS else ""
 
 
 def uses_kernels(t: Tensor) -> bool:

@@ -9,12 +9,13 @@ dispatcher several times in Python, which takes longer than a short kernel: wher
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # What calls may hold that need no dispatcher; subclasses of tensors (fakes among them) do.
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
@@ -43,7 +44,10 @@ class Operation:
         self._node: Any = None
 
     def __call__(self, *inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _alone(inputs):
+        if torch.compiler.is_compiling():
+            return self.overload(*inputs)
+        refuse_tangents(f"{self.overload}", inputs)
+        if not _alone(inputs):
             return self.overload(*inputs)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
             return self._run(*inputs)
@@ -81,6 +85,23 @@ def operation(
     """Make a function the operation ``subquad::name``; it may change only the inputs that it
     ``mutates``."""
     return lambda function: Operation(name, function, mutates)
+
+
+def refuse_tangents(name: str, inputs: Iterable[Any]) -> None:
+    """Raise where forward-mode differentiation follows an input: a kernel would end it, and the
+    derivative would be 0.
+
+    Raises:
+        NotImplementedError: in ``torch.func.jvp`` and what is made of it.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for x in inputs:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has no derivative in forward mode; differentiate in reverse mode, "
+                'or run backend("reference")'
+            )
 
 
 def _alone(inputs: tuple[Any, ...]) -> bool:

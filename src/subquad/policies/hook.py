@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from subquad.caches.kv import PolicyCache
-from subquad.caches.steps import ROOM, Steps
+from subquad.caches.steps import ROOM, Steps, on_one_gpu
 from subquad.ops.attention.token import Rope
 from subquad.policies.base import Call, Policy, Site, Tally
 from subquad.policies.parts import late
@@ -222,7 +222,7 @@ class Applied:
         def run(ids: Tensor, places: Tensor | None) -> Tensor:
             return self.model(ids, past_key_values=cache, position_ids=places).logits
 
-        repeats = can and self.model.device.type == "cuda" and self.tally is None
+        repeats = can and self.tally is None and on_one_gpu(self.model)
         return Steps(run, cache, repeats=repeats, room=room)
 
     @property

@@ -19,7 +19,7 @@ from subquad import mask as masks
 from subquad.mask import Mask
 from subquad.ops import checks
 from subquad.ops.attention.combine import merge
-from subquad.ops.backend import Backend, Request, choose, refusal
+from subquad.ops.backend import Backend, Request, choose, crowded, refusal
 
 __all__ = ["BACKENDS", "attention", "merge", "request"]
 
@@ -38,7 +38,7 @@ def _sdpa(request: Request) -> tuple[bool, str]:
 
 def _triton(request: Request) -> tuple[bool, str]:
     sizes = request.sizes
-    if why := refusal(request.device):
+    if why := refusal(request.device) or crowded(request):
         return False, why
     if request.dtype not in (float16, bfloat16, float32):
         return False, f"computes in float32, not for {request.dtype}"

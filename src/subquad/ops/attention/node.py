@@ -5,12 +5,14 @@ An implementation is a module with
     forward(q, k, v, mask, scale, offset) -> (o, lse)
     backward(do, dlse, q, k, v, o, lse, mask, scale, offset) -> (dq, dk, dv)
 
-Eager calls hold the mask itself. While compiling, the mask is a constant of the graph, so that
-torch.compile and torch.export see the one operator ``subquad::attention``.
+Eager calls hold the mask itself. While something traces, the mask is a constant of the graph, its
+spec as text, so that torch.compile, torch.export and transforms see the one operator
+``subquad::attention``, also in a graph that another process exported.
 """
 
 from __future__ import annotations
 
+from ast import literal_eval
 from importlib import import_module
 from typing import Any
 
@@ -19,24 +21,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from subquad.mask import Mask
+from subquad.mask.kept import traced
 from subquad.mask.spec import from_spec
 from subquad.ops.backend import assumed_constant
-from subquad.ops.operation import operation
+from subquad.ops.operation import operation, refuse_tangents
 
-_CONSTANTS: dict[Mask, int] = {}
+_masks: dict[str, Mask] = {}  # of graphs
 
 
 @assumed_constant
-def _constant(spec: Any) -> int:
-    return _CONSTANTS.setdefault(from_spec(spec), len(_CONSTANTS))
+def _text(spec: Any) -> str:
+    text = repr(spec)
+    _mask(text)
+    return text
+
+
+def _mask(text: str) -> Mask:
+    if text not in _masks:
+        _masks[text] = from_spec(literal_eval(text))
+    return _masks[text]
 
 
 def run(
     home: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, offset: int
 ) -> tuple[Tensor, Tensor]:
     """Attention by the implementation in the module ``home``, differentiable."""
-    if torch.compiler.is_compiling():
-        return _forward_op(q, k, v, _constant(mask.spec()), scale, offset, home)
+    if traced() or torch._C._are_functorch_transforms_active():
+        return _forward_op(q, k, v, _text(mask.spec()), scale, offset, home)
+    refuse_tangents("attention", (q, k, v))
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Node.apply(home, q, k, v, mask, scale, offset)
     return import_module(home).forward(q, k, v, mask, scale, offset)
@@ -53,16 +65,20 @@ class _Node(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, do, dlse):
-        home, *rest = ctx.rest
-        got = import_module(home).backward(do, dlse, *ctx.saved_tensors, *rest)
+        home, mask, scale, offset = ctx.rest
+        given = do, dlse, *ctx.saved_tensors
+        if traced():  # a backward pass alone can be compiled
+            got = _backward_op(*given, _text(mask.spec()), scale, offset, home)
+        else:
+            got = import_module(home).backward(*given, mask, scale, offset)
         return None, *got, None, None, None
 
 
 @operation("attention")
 def _forward_op(
-    q: Tensor, k: Tensor, v: Tensor, mask: int, scale: float, offset: int, home: str
+    q: Tensor, k: Tensor, v: Tensor, mask: str, scale: float, offset: int, home: str
 ) -> tuple[Tensor, Tensor]:
-    o, lse = import_module(home).forward(q, k, v, list(_CONSTANTS)[mask], scale, offset)
+    o, lse = import_module(home).forward(q, k, v, _mask(mask), scale, offset)
     return o.contiguous(), lse.contiguous()
 
 
@@ -75,11 +91,9 @@ def _(q, k, v, mask, scale, offset, home):
 @operation("attention_backward")
 def _backward_op(
     do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
-    mask: int, scale: float, offset: int, home: str,
+    mask: str, scale: float, offset: int, home: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    got = import_module(home).backward(
-        do, dlse, q, k, v, o, lse, list(_CONSTANTS)[mask], scale, offset
-    )
+    got = import_module(home).backward(do, dlse, q, k, v, o, lse, _mask(mask), scale, offset)
     return tuple(x.contiguous() for x in got)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, float32, is_grad_enabled
 from torch import dtype as DType
 
 from subquad.ops import checks
-from subquad.ops.backend import Backend, Request, choose, without_autocast
+from subquad.ops.backend import Backend, Request, choose, crowded, without_autocast
 from subquad.ops.kernel_attention.bidirectional import bidirectional
 from subquad.ops.kernel_attention.landmarks import landmark_attention
 from subquad.ops.kernel_attention.near import How, Near
@@ -45,8 +45,8 @@ def _always(request: Request) -> tuple[bool, str]:
 
 def _kernels(request: Request) -> tuple[bool, str]:
     ok, why = verify(replace(request, traits=frozenset()))
-    if not ok:
-        return ok, why
+    if not ok or (why := crowded(request)):
+        return False, why
     if request.sizes["F"] > WIDEST or request.sizes["V"] >= WIDEST:
         return False, f"takes F up to {WIDEST} and V below, not F={request.sizes['F']}"
     if "chosen" in request.traits:

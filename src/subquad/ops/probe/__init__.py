@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.backend import Backend, Request, choose, refusal, without_autocast
+from subquad.ops.backend import Backend, Request, choose, crowded, refusal, without_autocast
 from subquad.ops.probe import node, solve
 from subquad.ops.probe.spans import spans
 
@@ -32,7 +32,7 @@ STEPS = 16
 
 def _triton(request: Request) -> tuple[bool, str]:
     sizes = request.sizes
-    if why := refusal(request.device):
+    if why := refusal(request.device) or crowded(request):
         return False, why
     if request.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return False, f"computes in float32, not for {request.dtype}"
