@@ -279,13 +279,18 @@ def writing() -> bool:
     return interpreted() or not torch.cuda.is_current_stream_capturing()
 
 
-def rehearse(run: Callable[[], object]) -> None:
-    """Compile every kernel that ``run`` launches, and launch none."""
+def rehearse(run: Callable[[], object], later: Callable[[], object] | None = None) -> None:
+    """Compile every kernel that ``run`` launches, and launch none; those of ``later`` as well, for
+    which nothing waits before it launches them."""
     wanted = _rehearsal.wanted = {}
+    soon: set[tuple[Any, ...]] = set()
     try:
         # The backward pass, which may never come, may need memory that there is not.
         with suppress(torch.OutOfMemoryError):
             run()
+            soon = {*wanted}
+            if later is not None:
+                later()
     finally:
         _rehearsal.wanted = None
 
@@ -294,15 +299,15 @@ def rehearse(run: Callable[[], object]) -> None:
             return compile()
 
     # The longest first, none of which should be left alone: by what is known of them, else those
-    # of a backward pass, which come last. The rare ones after all others.
+    # of a backward pass, which come last. Those that nothing waits for after all others.
     order = [*reversed(wanted)]
-    order.sort(key=lambda key: (wanted[key][0].rare, -key[0].length))
+    order.sort(key=lambda key: (wanted[key][0].rare, key not in soon, -key[0].length))
     threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
     awaited = []
     for key in order:
         (kernel, form, dtypes), (launch, compile) = key, wanted[key]
         coming = kernel.binaries[form][dtypes] = threads.submit(ready, form[0], compile)
-        if not launch.rare:
+        if key in soon and not launch.rare:
             awaited.append(coming)
     threads.shutdown(wait=False)
     for coming in awaited:

@@ -22,8 +22,8 @@ def call(
     backward: Callable[..., object] | None = None,
 ) -> Any:
     """``run(*options, *inputs)``, which only allocates by :func:`~subquad.ops.tape.empty` and
-    launches; before the first call of a kind its kernels are compiled, and those of ``backward``,
-    which is given the output.
+    launches; at the first call of a kind its kernels are compiled, and meanwhile those of
+    ``backward``, which is given the outputs.
 
     The first input is given, and all are :func:`straight`.
     """
@@ -35,13 +35,11 @@ def call(
         if key not in known:
             kind = [f and (f[2], f[0][-1]) for f in forms]
             if not kernel.met((run, options, backward is None, x.device, *kind)):
-
-                def rehearsal() -> None:
-                    y = run(*options, *inputs)
-                    if backward is not None:
-                        backward(y)
-
-                kernel.rehearse(rehearsal)
+                outputs: list[Any] = []
+                kernel.rehearse(
+                    lambda: outputs.append(run(*options, *inputs)),
+                    None if backward is None else lambda: backward(outputs[0]),
+                )
         return kernel.repeated(known, key, partial(run, *options), *inputs)
 
 

@@ -30,11 +30,11 @@ def gated_backward(DY, X, GATE, DX, DGATE, n, ACT: tl.constexpr, BN: tl.constexp
 @triton.jit
 def _softplus(z):
     """log(1 + e^z), and its slope."""
-    e = tl.exp(-tl.abs(z))
-    # log1p(e): for a small e what 1 + e rounds off is put back.
-    u = 1 + e
-    log = tl.where(u == 1, e, tl.log(u) + (e - (u - 1)) / u)
-    return tl.maximum(z, 0.0) + log, tl.where(z >= 0, 1.0, e) / u
+    e = tl.exp2(tl.abs(z) * -1.4426950408889634)
+    # The instruction for log2 is off by 2^-22 near 1, where a series does better.
+    series = e * (1 - e * (1 / 2 - e * (1 / 3 - e * (1 / 4 - e * (1 / 5 - e * (1 / 6))))))
+    log = tl.where(e < 1 / 16, series, tl.log2(1 + e) * 0.6931471805599453)
+    return tl.maximum(z, 0.0) + log, tl.where(z >= 0, 1.0, e) / (1 + e)
 
 
 @partial(Kernel, sizes=["tokens"])
