@@ -50,7 +50,10 @@ class Request:
     traits: frozenset[str] = field(default_factory=frozenset)
 
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.complex64, torch.complex128,  # of scans
+)  # fmt: skip
 MOST_HEADS = 65535  # what CUDA allows
 Verifier = Callable[[Request], tuple[bool, str]]
 F = TypeVar("F", bound=Callable[..., Any])
