@@ -13,8 +13,8 @@ from subquad.ops.select import block_mass
 
 def asked(op, **shape):
     """All answers for a small shape."""
-    sizes = {"D": 16} if op == "scan" else {"H": 2, "K": 16}
-    return explain(op, T=64, **sizes, **shape)
+    sizes = {"scan": {"T": 64, "D": 16}, "layer": {"D": 16}}.get(op, {"T": 64, "H": 2, "K": 16})
+    return explain(op, **sizes, **shape)
 
 
 @pytest.fixture
