@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from subquad import mask
 from subquad.mask.kept import kept
+from subquad.ops.attention import attention
 from subquad.ops.attention.neighborhood import neighborhood
 from subquad.ops.attention.windows import biased_neighborhood
 
@@ -57,6 +58,25 @@ def test_tiles_of_a_default_device_lie_on_the_cpu():
         found = m.tiles(300, 300, 64)
     assert found.ptr.device.type == "cpu"
     assert m.area(300, 300) == int(m.dense(300, 300).sum())
+
+
+@pytest.mark.parametrize(
+    "m",
+    [
+        mask.causal() & mask.window(21),
+        mask.causal() & (mask.window(5) | mask.sinks(2)),
+        mask.documents(torch.arange(200) // 70) & mask.causal(),
+        mask.per_head([mask.causal(), mask.window(3)]),
+    ],
+)
+def test_attention_on_another_device_than_the_default_one(m):
+    x = torch.randn(1, 200, 2, 16, requires_grad=True)
+    want = attention(x, x, x, m, backend="reference")
+    with torch.device("meta"):
+        got = attention(x, x, x, m, backend="torch")
+        got.sum().backward()
+    torch.testing.assert_close(got, want)
+    assert x.grad is not None
 
 
 def test_made_once_and_errors_are_not_kept():

@@ -262,7 +262,8 @@ def test_attention_first_called_in_a_cuda_graph(name):
     q = torch.randn(1, 300, 2, 64, device="cuda").to(BF16)
     m = MASKS[name]("cuda")
     with torch.no_grad():
-        attention(q, q, q, mask.causal() & mask.window(11))  # a warm-up, of another mask
+        # A warm-up, of another mask.
+        attention(q, q, q, mask.window(11) & mask.causal() if name == "band" else chosen("cuda"))
         torch.cuda.synchronize()
         poison = torch.full((64 << 20,), 0x7F7F7F7F, dtype=torch.int32, device="cuda")
         del poison
@@ -492,8 +493,8 @@ def test_compiled_then_eager(mode):
     del poison
     want = run(leaf)
     (right,) = torch.autograd.grad(want.float().square().sum(), leaf)
-    torch.testing.assert_close(got, want.detach(), atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(grad, right, atol=1e-1, rtol=5e-2)
+    assert near(got, want.detach())
+    assert near(grad, right)
     torch._dynamo.reset()
 
 

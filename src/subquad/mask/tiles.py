@@ -64,16 +64,19 @@ class Tiles:
     @cached_property
     def patterns(self) -> Tensor:
         """bool ``[P, block, block]``: ``bits`` unpacked."""
-        bit = torch.arange(32, dtype=torch.int32)
+        bit = torch.arange(32, dtype=torch.int32, device="cpu")
         return ((self.bits[..., None] >> bit) & 1).flatten(2)[..., : self.block].bool()
 
     @cached_property
     def area(self) -> int:
         """Pairs kept, summed over the planes."""
-        kept = torch.cat([self.patterns.flatten(1).sum(1), torch.tensor([self.block**2])])
-        per_entry = torch.cat([torch.zeros(1, dtype=torch.int64), kept[self.pattern].cumsum(0)])
-        ends = per_entry[self.ptr[:: self.rows].long()] if self.rows else torch.zeros(2)
-        return int(ends.diff()[self.plane.long()].sum()) if self.rows else 0
+        if not self.rows:
+            return 0
+        partial = self.patterns.flatten(1).sum(1)
+        kept = torch.cat([partial, partial.new_tensor([self.block**2])])
+        per_entry = torch.cat([kept.new_zeros(1), kept[self.pattern].cumsum(0)])
+        ends = per_entry[self.ptr[:: self.rows].long()]
+        return int(ends.diff()[self.plane.long()].sum())
 
     def row(self, r: int, plane: int = 0) -> tuple[Tensor, Tensor]:
         """``(column, pattern)`` of the row ``r`` of tiles of the distinct plane ``plane``."""

@@ -42,7 +42,7 @@ class Batch:
         """An index of the units' tiles of queries; a slice (so a view) where they follow on."""
         found = _progression(self.units)
         if found is None or found[1] < 1:
-            return torch.tensor(self.units)
+            return torch.tensor(self.units, device="cpu")
         return slice(found[0], self.units[-1] + 1, found[1])
 
     @cached_property
@@ -83,7 +83,7 @@ class Plan:
             keys = [h // share for h in heads]
             if len(heads) == len(set(keys)) * share:
                 keys = sorted(set(keys))
-            yield torch.tensor(heads), torch.tensor(keys), batches
+            yield torch.tensor(heads, device="cpu"), torch.tensor(keys, device="cpu"), batches
 
     def bias(
         self, pattern: tuple[int, ...], dtype: torch.dtype, repeat: int, device: torch.device
@@ -92,11 +92,11 @@ class Plan:
         if all(p == FULL for p in pattern):
             return None
         block = self.tiles.block
-        keep = torch.ones(block, len(pattern), block, dtype=torch.bool)
+        keep = torch.ones(block, len(pattern), block, dtype=torch.bool, device="cpu")
         for c, p in enumerate(pattern):
             if p != FULL:
                 keep[:, c] = self.tiles.patterns[p]
-        bias = torch.zeros(keep.shape, dtype=dtype).masked_fill_(~keep, -torch.inf)
+        bias = torch.zeros_like(keep, dtype=dtype).masked_fill_(~keep, -torch.inf)
         return bias.flatten(1).repeat(repeat, 1).to(device)
 
 

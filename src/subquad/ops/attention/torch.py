@@ -209,7 +209,7 @@ def _unfold(x: Tensor, block: int) -> Tensor:
 def _keys(x: Tensor, piece: Batch) -> Tensor:
     """The keys of the units ``[n,G,C,K]``: a view where their tiles are a run, else a copy."""
     if piece.run is None:
-        return x[torch.tensor(piece.columns)].flatten(1, 2).transpose(1, 2)
+        return x[torch.tensor(piece.columns, device=x.device)].flatten(1, 2).transpose(1, 2)
     first, step = piece.run
     tile, token, head, _ = x.stride()
     shape = (len(piece.units), x.shape[2], len(piece.pattern) * x.shape[1], x.shape[3])
@@ -224,4 +224,5 @@ def _add(into: Tensor, piece: Batch, x: Tensor) -> None:
         first = piece.columns[0][0]
         into[first : first + len(piece.pattern)].view(-1, G, K).add_(x[0])
         return
-    into.index_add_(0, torch.tensor(piece.columns).flatten(), x.reshape(-1, block, G, K))
+    tiles = torch.tensor(piece.columns, device=into.device).flatten()
+    into.index_add_(0, tiles, x.reshape(-1, block, G, K))
