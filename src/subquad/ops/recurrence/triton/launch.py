@@ -37,7 +37,7 @@ SCANNED = ("O", "D", "HS", "FINAL", "LOCAL", "TOTAL")  # what scan may write
 
 @bound
 def _scan(p: Plan, scale: float, init: bool, outs: tuple[str, ...]) -> Launch:
-    c, split = p.scan if "O" in outs else p.scan_keep, "LOCAL" in outs
+    c, split = p.scan_keep if "HS" in outs else p.scan, "LOCAL" in outs
     blocks = cdiv(p.V, c["BV"])
     if split and p.delta:
         blocks += cdiv(p.K, c["BV"])
@@ -56,7 +56,7 @@ def run_scan(p: Plan, q, k, v, ready: Ready, init, scale, table, **outs) -> None
     """One :func:`scan.scan`; the outputs that are given are written."""
     A, AL, P, BS, *gated, GS, _ = ready
     BD = GD = None
-    c = p.scan if "O" in outs else p.scan_keep
+    c = p.scan_keep if "HS" in outs else p.scan
     if p.described(c):
         q, k, v = read(p, c, q, k, v)
         tile = c.get("BK", p.K)

@@ -166,7 +166,7 @@ class Plan:
 
     @property
     def scan_keep(self) -> configs.Config:
-        """Of passes without outputs: that which keeps what the gradients need, a segment's own."""
+        """Of the pass that keeps what the gradients need; it has no outputs."""
         return self.config("scan_keep") or self.scan
 
     def switches(self, **more) -> dict:
