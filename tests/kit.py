@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ from torch import Tensor
 
 import subquad
 from subquad import State
+from subquad.ops.backend import interpreted
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,22 @@ class Row:
         torch.manual_seed(1)
         T = T if self.grid is None else prod(self.grid)
         return torch.randn(B, T, self.options["dim"], dtype=dtype)
+
+
+def in_the_interpreter(tests: str | Path, *options: str) -> None:
+    """Run a file of tests under Triton's interpreter: Triton reads the variable when it is
+    imported, so they have a process of their own, in which one at least must pass."""
+    if interpreted():
+        pytest.skip("these are the tests")
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, str(tests)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout, done.stdout[-4000:]
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> None:

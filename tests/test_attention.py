@@ -1,7 +1,6 @@
 import copy
 import importlib
 import itertools
-import os
 import pickle
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from torch.autograd import forward_ad
 
 import masks
 import subquad
-from kit import close, poisoned
+from kit import close, in_the_interpreter, poisoned
 from subquad import mask
 from subquad.ops.attention import attention, merge
 
@@ -398,16 +397,7 @@ def test_bad_packing():
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs them on the GPU")
 def test_kernels_in_the_interpreter():
-    """The kernels' own tests on the CPU. Triton reads the variable when it is imported, so they
-    run in a process of their own."""
-    path = Path(__file__).parent / "gpu" / "test_attention.py"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", str(path)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    in_the_interpreter(Path(__file__).parent / "gpu" / "test_attention.py")
 
 
 def test_a_full_mask_hides_nothing():

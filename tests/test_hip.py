@@ -1,13 +1,10 @@
 """Facts of HiP's search, and the authors' vectors."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from kit import in_the_interpreter
 from policy_kit import close
 from subquad.caches.kv import KVLayer
 from subquad.ops.backend import interpreted
@@ -128,27 +125,7 @@ def test_bad_options(options, message):
 
 
 def test_kernels_in_the_interpreter():
-    """Triton reads the variable when it is imported, so this runs in a process of its own."""
-    if interpreted():
-        pytest.skip("these are the tests")
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "by_kernel",
-            __file__,
-        ],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    in_the_interpreter(__file__, "-k", "by_kernel")
 
 
 inside = pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPRET=1")

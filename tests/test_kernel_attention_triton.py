@@ -1,12 +1,9 @@
 """Mixed attention's GPU kernels, run by Triton's interpreter on the CPU, against the definition."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from kit import in_the_interpreter
 from subquad.bench.kernel_attention import LIMITS, Case, errors
 from subquad.ops.backend import explain, interpreted
 
@@ -15,16 +12,7 @@ inside = pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPR
 
 
 def test_kernels_in_the_interpreter():
-    if interpreted():
-        pytest.skip("these are the tests")
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    in_the_interpreter(__file__)
 
 
 @inside

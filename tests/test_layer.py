@@ -1,14 +1,11 @@
 """The layer's short steps: forms against the definitions, kernels in Triton's interpreter."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 import subquad
+from kit import in_the_interpreter
 from subquad.bench.layer import LIMITS, Case, errors, run
 from subquad.ops import layer
 from subquad.ops.backend import explain, interpreted
@@ -44,16 +41,7 @@ def _name(case):
 
 
 def test_kernels_in_the_interpreter():
-    if interpreted():
-        pytest.skip("these are the tests")
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    in_the_interpreter(__file__)
 
 
 @inside

@@ -1,12 +1,9 @@
 """The kernels of the policies in Triton's interpreter: the same as without them."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from kit import in_the_interpreter
 from subquad.ops.attention import token
 from subquad.ops.backend import interpreted
 from subquad.ops.select import pages, top
@@ -18,14 +15,7 @@ inside = pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPR
 
 
 def test_in_the_interpreter():
-    """Triton reads the variable when it is imported, so this runs in a process of its own."""
-    if interpreted():
-        pytest.skip("these are the tests")
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    in_the_interpreter(__file__)
 
 
 @inside

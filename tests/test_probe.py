@@ -1,8 +1,5 @@
 """The probe: what the papers say of Parallax and local linear attention, and the operation."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import subquad
-from kit import close
+from kit import close, in_the_interpreter
 from subquad.bench.probe import Case, errors
 from subquad.ops import backend
 from subquad.ops.attention import attention
@@ -380,17 +377,7 @@ def test_half_precision_accumulates_wide(dtype):
 
 
 def test_kernels_in_the_interpreter():
-    if interpreted():
-        pytest.skip("tests/gpu/test_probe.py runs here as it is")
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-         str(Path(__file__).parent / "gpu" / "test_probe.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
+    in_the_interpreter(Path(__file__).parent / "gpu" / "test_probe.py")
 
 
 def test_small_gradients_of_the_fit_are_solved_as_well_as_large_ones():

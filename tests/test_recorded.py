@@ -6,6 +6,7 @@ import torch
 from kit import close, poisoned
 from subquad.caches import StateCache
 from subquad.caches.steps import decoding
+from subquad.models import CausalLM
 from test_causal_lm import build, build_row, first_rows, tokens
 
 HYBRIDS = {
@@ -79,17 +80,32 @@ def test_repeated(make, monkeypatch):
     assert recorded > 3
 
 
+@pytest.mark.parametrize("repeats", [False, True])
 @torch.no_grad()
-def test_generate_by_steps():
-    model, ids = build(), tokens(2, 9)
+def test_generate_by_steps(repeats, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replay)
+    monkeypatch.setattr(torch.cuda, "graph", Replay)
+    model, ids, make = build(), tokens(2, 9), CausalLM.steps
+
+    def steps(self, cache):
+        Replay.step = step = make(self, cache, room=5)
+        step.repeats = repeats
+        return step
+
+    monkeypatch.setattr(CausalLM, "steps", steps)
     by = {"custom_generate": decoding(model)}
-    plain, steps = (model.generate(ids, max_new_tokens=12, **more) for more in ({}, by))
+    plain, steps = (model.generate(ids, max_new_tokens=20, **more) for more in ({}, by))
     assert torch.equal(plain, steps)
+    assert (Replay.step._graph is not None) == repeats
 
 
 @torch.no_grad()
 def test_what_is_not_recorded():
     model, ids = build("softmax"), tokens(2, 9)
+    assert model.repeats
+    assert not build(max_positions=64).repeats
+    sinks = {"mixer": "softmax", "heads": 2, "window": 8, "sinks": 2}
+    assert not build("gated_deltanet s", mixers={"s": sinks}).repeats
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
     cache = StateCache()

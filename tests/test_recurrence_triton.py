@@ -1,7 +1,5 @@
 """The recurrence's GPU kernels, run by Triton's interpreter on the CPU, against the definition."""
 
-import os
-import subprocess
 import sys
 import threading
 import warnings
@@ -11,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
+from kit import in_the_interpreter
 from subquad.bench.recurrence import Case, decode_defined, decode_inputs, errors
 from subquad.ops.backend import Request, backend, interpreted
 from subquad.ops.recurrence import recurrence
@@ -32,16 +31,7 @@ def _plans():
 
 
 def test_kernels_in_the_interpreter():
-    if interpreted():
-        pytest.skip("these are the tests")
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    in_the_interpreter(__file__)
 
 
 def test_the_choice_is_traced_without_warnings():

@@ -1,14 +1,10 @@
 """What must hold of SLA: limits, the dense definition, states of blocks, gradients, a toy fit."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kit import close
+from kit import close, in_the_interpreter
 from subquad import create_mixer
 from subquad.ops.attention.chosen_rows import chosen_rows
 from subquad.ops.backend import interpreted
@@ -275,16 +271,7 @@ def test_bad_inputs():
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
-    if interpreted():
-        pytest.skip("these are the tests")
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "on_kernels", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    in_the_interpreter(__file__, "-k", "on_kernels")
 
 
 @pytest.mark.skipif(not interpreted(), reason="runs under TRITON_INTERPRET=1")

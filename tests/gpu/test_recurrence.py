@@ -23,6 +23,7 @@ from subquad.ops.backend import backend
 from subquad.ops.recurrence import recurrence
 
 layout = pytest.importorskip("subquad.ops.recurrence.triton.layout")
+plain = pytest.importorskip("subquad.ops.recurrence.triton.plain")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,7 +114,8 @@ def test_by_the_copy_engine(case):
 )
 def test_programs_that_share_a_multiprocessor(case, monkeypatch):
     """Without the delta rule they read less far ahead."""
-    monkeypatch.setattr(layout.configs, "processors", lambda device: 1)
+    for module in (layout, plain):
+        monkeypatch.setattr(module, "processors", lambda device: 1)
     found = errors(case, "cuda")
     assert max(found.values()) <= LIMITS[case.dtype], found
 

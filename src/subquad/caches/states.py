@@ -76,7 +76,9 @@ class StateCache(Cache):
         return self.tokens, self._version
 
     def reserve(self, n: int) -> None:
-        self.states = [state.reserved(n) for state in self.states]
+        self.states = states = self.states
+        for i, state in enumerate(states):  # so that one layer at a time is there twice
+            states[i] = state.reserved(n)
         self._roomy = True
 
     def advance(self) -> None:

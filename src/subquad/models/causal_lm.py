@@ -219,15 +219,19 @@ class CausalLM(Checkpoints, PreTrainedModel, GenerationMixin):
     def blocks(self) -> list[Block]:
         return cast("list[Block]", list(self.layers))
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a token's launches may be recorded: all mixers' can (``Mixer.repeats``)."""
+        return all(b.mixer.repeats for b in self.blocks) and self.config.max_positions is None
+
     def steps(self, cache: StateCache, room: int = ROOM) -> Steps:
         """Decode from ``cache``, token after token; on a GPU the launches are recorded and repeated
-        where all mixers can (``Mixer.repeats``). See :class:`~subquad.caches.steps.Steps`."""
+        where they may be. See :class:`~subquad.caches.steps.Steps`."""
 
         def run(ids: Tensor, places: Tensor | None) -> Tensor:
             return self(input_ids=ids, past_key_values=cache).logits
 
-        can = all(b.mixer.repeats for b in self.blocks) and self.config.max_positions is None
-        return Steps(run, cache, repeats=can and on_one_gpu(self), room=room)
+        return Steps(run, cache, repeats=self.repeats and on_one_gpu(self), room=room)
 
     def state_bytes(self, T: int, dtype: torch.dtype | None = None) -> int:
         """Bytes of the cache of one sequence after T tokens; dtype is the activations'."""

@@ -54,6 +54,7 @@ DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64,
     torch.complex64, torch.complex128,  # of scans
 )  # fmt: skip
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_HEADS = 65535  # what CUDA allows
 Verifier = Callable[[Request], tuple[bool, str]]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -127,6 +128,15 @@ def refusal(device: str) -> str:
     if device == "cpu" and interpreted():
         return ""
     return f"runs on cuda (on the CPU under TRITON_INTERPRET=1), not on {device}"
+
+
+def unfit(request: Request) -> str:
+    """Why no Triton kernel takes a request, by its device and dtype, or ""."""
+    if why := refusal(request.device):
+        return why
+    if request.dtype not in KERNEL_DTYPES:
+        return f"takes {', '.join(map(str, KERNEL_DTYPES))}, not {request.dtype}"
+    return ""
 
 
 def crowded(request: Request) -> str:

@@ -12,14 +12,14 @@ from __future__ import annotations
 from typing import Literal, overload
 
 # Not `import torch`: the submodule of that name takes its place in this package once it is loaded.
-from torch import Tensor, bfloat16, float16, float32, is_grad_enabled
+from torch import Tensor, float32, is_grad_enabled
 from torch import dtype as DType
 
 from subquad import mask as masks
 from subquad.mask import Mask
 from subquad.ops import checks
 from subquad.ops.attention.combine import merge
-from subquad.ops.backend import Backend, Request, choose, crowded, refusal
+from subquad.ops.backend import Backend, Request, choose, crowded, unfit
 
 __all__ = ["BACKENDS", "attention", "merge", "request"]
 
@@ -38,10 +38,8 @@ def _sdpa(request: Request) -> tuple[bool, str]:
 
 def _triton(request: Request) -> tuple[bool, str]:
     sizes = request.sizes
-    if why := refusal(request.device) or crowded(request):
+    if why := unfit(request) or crowded(request):
         return False, why
-    if request.dtype not in (float16, bfloat16, float32):
-        return False, f"computes in float32, not for {request.dtype}"
     widest = 128 if request.dtype == float32 else 256
     if max(sizes["K"], sizes["V"]) > widest:
         return False, f"head dims up to {widest} in {request.dtype}"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from subquad.ops import checks
-from subquad.ops.backend import Backend, Request, choose, crowded, refusal, without_autocast
+from subquad.ops.backend import Backend, Request, choose, crowded, unfit, without_autocast
 from subquad.ops.probe import node, solve
 from subquad.ops.probe.spans import spans
 
@@ -32,10 +32,8 @@ STEPS = 16
 
 def _triton(request: Request) -> tuple[bool, str]:
     sizes = request.sizes
-    if why := refusal(request.device) or crowded(request):
+    if why := unfit(request) or crowded(request):
         return False, why
-    if request.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return False, f"computes in float32, not for {request.dtype}"
     if max(sizes["K"], sizes["V"]) > WIDEST:
         return False, f"head dims up to {WIDEST}, not K={sizes['K']}, V={sizes['V']}"
     if 0 in sizes.values():

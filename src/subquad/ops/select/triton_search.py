@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subquad.ops.attention.triton.configs import processors
 from subquad.ops.kernel import Kernel, on_device
-from subquad.ops.sizes import cdiv, next_power_of_2
+from subquad.ops.sizes import cdiv, next_power_of_2, processors
 
 SCORED = 1 << 28  # scores of first rounds held at once
 
@@ -323,7 +322,7 @@ def search(
     }  # fmt: skip
     strides = *q.stride()[:3], *k.stride()[:3]
     out = torch.empty(B, N, R, n, dtype=torch.int32, device=q.device)
-    programs = min(B * N * R, programs * processors(q.device.index))
+    programs = min(B * N * R, programs * processors(q.device))
     places = torch.empty(programs, 3, n, dtype=torch.int32, device=q.device)
     scores = torch.empty(programs, 2, n, dtype=torch.float32, device=q.device)
     most = max(1, SCORED // (2 * rounds * B * N * n)) if rounds else R

@@ -15,8 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
 # Not a context variable: the backward pass runs on a thread of autograd's own.
 _forced: Mapping[str, Mapping[str, int]] = {}
 
@@ -57,11 +55,3 @@ def _found(kernel: str, rows: int, width: int, itemsize: int) -> dict[str, int]:
         if row["kernel"] == kernel and all(asked <= limit for asked, limit in limits):
             return row["config"]
     raise ValueError(f"no configuration of {kernel} for {rows} rows of head dim {width}")
-
-
-@lru_cache(maxsize=8)
-def processors(index: int | None) -> int:
-    """Multiprocessors of the GPU; 8 where the kernels are interpreted."""
-    if not torch.cuda.is_available():
-        return 8
-    return torch.cuda.get_device_properties(index or 0).multi_processor_count

@@ -18,10 +18,11 @@ from subquad.ops import kernel
 from subquad.ops.attention.combine import merge
 from subquad.ops.attention.node import run
 from subquad.ops.attention.triton import backward as grads
-from subquad.ops.attention.triton.configs import config, forcing, processors
+from subquad.ops.attention.triton.configs import config, forcing
 from subquad.ops.attention.triton.forward import attention_forward
 from subquad.ops.attention.triton.index import BAND, Index, arguments, of_choice, of_mask
 from subquad.ops.kernel import on_device
+from subquad.ops.sizes import processors
 from subquad.ops.tape import Repeat, empty
 
 TILE, SMALL_TILE = 128, 64
@@ -280,7 +281,7 @@ def _parts(launch: Launch, programs: int) -> int:
     width = launch.index.width(launch.S)
     if launch.T > MOST_ROWS or width < 512:
         return 1
-    wanted = triton.cdiv(2 * processors(launch.index.plane.device.index), programs)
+    wanted = triton.cdiv(2 * processors(launch.index.plane.device), programs)
     most = triton.cdiv(width, 256)
     return min(triton.next_power_of_2(max(1, min(wanted, most))), 64)
 

@@ -12,8 +12,7 @@ from subquad.ops.layer.triton.call import call, filled, straight, trains
 from subquad.ops.layer.triton.conv import conv_backward, conv_forward
 from subquad.ops.layer.triton.sums import total
 from subquad.ops.operation import operation
-from subquad.ops.recurrence.triton.configs import processors
-from subquad.ops.sizes import cdiv, next_power_of_2
+from subquad.ops.sizes import cdiv, next_power_of_2, processors
 from subquad.ops.tape import empty
 
 CHANNELS, EACH = 256, 4  # of a program, and of a thread

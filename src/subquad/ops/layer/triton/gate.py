@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from subquad.ops.backend import Request
-from subquad.ops.recurrence.triton import gate
+from subquad.ops.backend import Request, unfit
 
 LONGEST = 8  # rows of a convolution that a program holds
 WIDEST = 16384  # channels that a norm's program holds
@@ -13,10 +10,8 @@ WIDEST = 16384  # channels that a norm's program holds
 
 def verify(request: Request) -> tuple[bool, str]:
     sizes, traits = request.sizes, request.traits
-    one = {"B": 1, "T": 1, "K": 1, "V": 1}
-    ok, why = gate.verify(replace(request, sizes=one, traits=frozenset()))
-    if not ok:
-        return ok, why
+    if why := unfit(request):
+        return False, why
     if "transformed" in traits:
         return False, "has no rules for torch.func's transforms"
     if "part:short_conv" in traits and not 2 <= sizes["size"] <= LONGEST:

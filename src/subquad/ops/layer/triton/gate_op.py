@@ -16,8 +16,7 @@ from subquad.ops.layer.triton.gates import (
 )
 from subquad.ops.layer.triton.sums import total
 from subquad.ops.operation import operation
-from subquad.ops.recurrence.triton.configs import processors
-from subquad.ops.sizes import cdiv, next_power_of_2
+from subquad.ops.sizes import cdiv, next_power_of_2, processors
 from subquad.ops.tape import empty
 
 LINE = 1024  # elements of a program of the gated product

@@ -12,8 +12,7 @@ from subquad.ops.layer.triton.call import call, filled, rows, together, trains
 from subquad.ops.layer.triton.norm import norm_backward, norm_forward
 from subquad.ops.layer.triton.sums import total
 from subquad.ops.operation import operation
-from subquad.ops.recurrence.triton.configs import processors
-from subquad.ops.sizes import cdiv, next_power_of_2
+from subquad.ops.sizes import cdiv, next_power_of_2, processors
 from subquad.ops.tape import empty
 
 TILE, EACH = 2048, 16  # elements of a program, and of a thread

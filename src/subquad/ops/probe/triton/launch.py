@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from subquad.ops.kernel import met, on_device, rehearse
 from subquad.ops.probe.spans import queries_of
 from subquad.ops.probe.triton import backward as grads
 from subquad.ops.probe.triton.forward import probe_forward
+from subquad.ops.sizes import processors
 
 LOG2E = 1.4426950408889634
 
@@ -89,7 +89,7 @@ def forward(
         kernel = "forward" if T > FEW else "few"
         return _forward(kernel, q, k, v, r, lo, hi, scale, saves, peak, 1)
     # Few queries alone would leave the GPU idle: each part of the keys has a program.
-    wanted = triton.cdiv(2 * _processors(q.device.index), B * H)
+    wanted = triton.cdiv(2 * processors(q.device), B * H)
     parts = max(1, min(triton.next_power_of_2(wanted), triton.cdiv(S, PART), 64))
     edges = torch.arange(parts + 1, device=lo.device, dtype=lo.dtype) * triton.cdiv(S, parts)
     first, last = edges[:-1, None], edges[1:, None]
@@ -108,14 +108,6 @@ def _joined(o: Tensor, mean: Tensor, lse: Tensor, drift: Tensor) -> tuple[Tensor
     lean = share * (joined[:, None] - drift)
     o = (share[..., None] * o.float() + lean[..., None] * mean.float()).sum(1)
     return o, whole, joined
-
-
-@lru_cache(maxsize=8)
-def _processors(index: int | None) -> int:
-    """Multiprocessors of the GPU; 8 where the kernels are interpreted."""
-    if not torch.cuda.is_available():
-        return 8
-    return torch.cuda.get_device_properties(index or 0).multi_processor_count
 
 
 def _forward(

@@ -52,14 +52,6 @@ def arch(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU (1 elsewhere)."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def copy_engine(device: torch.device) -> bool:
     """Whether the GPU copies tiles by a tensor's description (Hopper's does)."""
     return arch(device) == "sm90"

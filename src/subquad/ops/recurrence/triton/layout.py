@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from subquad.ops import kernel, tape
 from subquad.ops.kernel import Launch
 from subquad.ops.recurrence.triton import configs
+from subquad.ops.sizes import processors
 
 C = 64  # rows of a chunk
 MANY = 8192  # chunks of a head of 128 channels from which on describing tensors pays (see bulk)
@@ -296,7 +297,7 @@ def lay_out(q, k_heads, v, decay, beta_heads, sequences, dtype, device, whole, _
         else:
             programs = N * H * cdiv(V, configs.config("scan", arch, *shape)["BV"])
             fill = configs.config("scan_split", arch, *shape)["fill"]
-        size = segment_length(T, programs, configs.processors(device), fill)
+        size = segment_length(T, programs, processors(device), fill)
     segments, chunks = B * cdiv(T, size), B * cdiv(T, C)
     if packed:
         segments, chunks = N + T // size, N + T // C

@@ -19,6 +19,7 @@ from subquad.ops.recurrence.triton.layout import (
     states_of,
 )
 from subquad.ops.recurrence.triton.states import decays, join, states
+from subquad.ops.sizes import processors
 from subquad.ops.tape import empty
 
 
@@ -38,7 +39,7 @@ def tiles(p: Plan, output: bool) -> dict[str, int]:
         return {n: x for n, x in p.config("states").items() if n != "fill"}
     c = {"BK": min(64 if p.exact else 128, configs.key_width(p.K)), **p.config("outputs")}
     alone = c.pop("alone", c["num_stages"])
-    if p.segments * cdiv(p.V, c["BV"]) * p.H <= configs.processors(p.device):
+    if p.segments * cdiv(p.V, c["BV"]) * p.H <= processors(p.device):
         c["num_stages"] = alone
     return c
 

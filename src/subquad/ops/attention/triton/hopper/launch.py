@@ -6,11 +6,12 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from subquad.ops.attention.triton.configs import config, processors
+from subquad.ops.attention.triton.configs import config
 from subquad.ops.attention.triton.hopper.forward import hopper_forward
 from subquad.ops.attention.triton.hopper.grad_kv import hopper_grad_kv
 from subquad.ops.attention.triton.hopper.grad_q import hopper_grad_q
 from subquad.ops.attention.triton.index import arguments
+from subquad.ops.sizes import processors
 from subquad.ops.tape import zeros
 
 
@@ -68,7 +69,7 @@ def grad_kv(
 def _tiled(launch, tokens: int, heads: int) -> tuple[tuple[int], int]:
     """The grid, a program to a multiprocessor, and how many tiles it takes."""
     tiles = triton.cdiv(tokens, 128) * heads * launch.B
-    return (min(tiles, processors(launch.index.plane.device.index)),), tiles
+    return (min(tiles, processors(launch.index.plane.device)),), tiles
 
 
 def _tiles(x: Tensor, rows: int) -> TensorDescriptor:
